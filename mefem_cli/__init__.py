@@ -1,0 +1,3 @@
+"""Self-supervised face embeddings for medicine and anthropometry."""
+
+__version__ = "0.1.0"
