@@ -1,0 +1,33 @@
+"""Mask strategies, one per file: which patches of a face are the source and which are the target.
+
+A part here has `Options` and `build(options, grid_size)`, which returns a `Masker`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Split:
+    """Source and target patches of a batch of faces, as row-major indices into the grid; no patch is in both.
+
+    The last column of `source` is the patch that gives its place to a CLS token in the source.
+    """
+
+    source: torch.Tensor  # [B, num_source] int64
+    target: torch.Tensor  # [B, num_target] int64
+
+
+class Masker(Protocol):
+    """Draws splits of a grid of `grid_size` x `grid_size` patches."""
+
+    grid_size: int
+
+    def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
+        """Return one split per mode for `num_faces` faces; shapes depend on nothing but `num_faces`."""
+        ...

@@ -1,0 +1,166 @@
+"""Any timm VisionTransformer, run on any subset of its tokens; the encoder of MeFEm.
+
+Pre-norm, fixed 2-D sin-cos positions, CLS position zero. The state dict has timm's own names, so that
+`timm.create_model(name, ...).load_state_dict(...)` reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mefem_cli.errors import UsageError, did_you_mean
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The encoder."""
+
+    backbone: str = "vit_small_patch16_224"  # any timm ViT by its name
+    image_size: int = 224  # side of the encoder's input, px; crops are resampled to it
+    patch_size: int = 16  # side of a patch, px
+    depth: int | None = None  # number of blocks; default: the backbone's own
+    embed_dim: int | None = None  # features of a token; default: the backbone's own
+    num_heads: int | None = None  # attention heads; default: the backbone's own
+
+
+def build(options: Options, class_token: bool = True) -> ViTEncoder:
+    """Return an untrained encoder. Raises UsageError for an unknown or unfit backbone or sizes that do not fit."""
+    if options.image_size < 1 or options.patch_size < 1 or options.image_size % options.patch_size:
+        raise UsageError(
+            f"--image-size {options.image_size} --patch-size {options.patch_size}: the patch must divide the image; "
+            f"try --image-size {max(1, options.image_size // max(options.patch_size, 1)) * max(options.patch_size, 1)}"
+        )
+    vit = _create_timm_vit(options, class_token)
+    return ViTEncoder(vit, options)
+
+
+def _create_timm_vit(options: Options, class_token: bool) -> Any:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    names = timm.list_models("*vit*")
+    if options.backbone not in names:
+        raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{did_you_mean(options.backbone, names)}')
+    overrides = {"depth": options.depth, "embed_dim": options.embed_dim, "num_heads": options.num_heads}
+    settings = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        vit = timm.create_model(
+            options.backbone,
+            img_size=options.image_size,
+            patch_size=options.patch_size,
+            num_classes=0,
+            class_token=class_token,
+            global_pool="",
+            **settings,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"--backbone {options.backbone}: cannot be built with these options ({error})") from error
+    fits = isinstance(vit, VisionTransformer) and isinstance(vit.norm_pre, nn.Identity) and vit.num_reg_tokens == 0
+    if not fits or vit.pos_embed is None or getattr(vit, "no_embed_class", False):
+        raise UsageError(
+            f"--backbone {options.backbone}: not a plain pre-norm VisionTransformer; try vit_tiny_patch16_224, "
+            "vit_small_patch16_224 or vit_base_patch16_224"
+        )
+    return vit
+
+
+class ViTEncoder(nn.Module):
+    """A timm VisionTransformer whose tokens are the CLS token, if any, at index 0 and the patches behind it.
+
+    `vit` keeps timm's parameter names. Positions are fixed, hence no gradient and no weight decay.
+    """
+
+    def __init__(self, vit: Any, options: Options):
+        super().__init__()
+        self.vit = vit
+        self.options = options
+        self.image_size: int = options.image_size
+        self.patch_size: int = options.patch_size
+        self.grid_size: int = options.image_size // options.patch_size
+        self.num_patches: int = self.grid_size**2
+        self.embed_dim: int = vit.embed_dim
+        self.num_heads: int = vit.blocks[0].attn.num_heads
+        self.class_token: bool = vit.cls_token is not None
+        self.mean, self.std, self.interpolation = IMAGENET_MEAN, IMAGENET_STD, "bicubic"
+        positions = sincos_positions(self.embed_dim, self.grid_size)
+        if self.class_token:
+            positions = torch.cat([torch.zeros(1, self.embed_dim), positions])
+        vit.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
+        self._mean: torch.Tensor
+        self._std: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of an image: the patches and the CLS token, if any."""
+        return self.num_patches + int(self.class_token)
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """Cut and normalise images: uint8 [B, 3, S, S] -> float32 [B, num_patches, 3 * p * p], row-major patches."""
+        pixels = (images.float() / 255 - self._mean) / self._std
+        side, patch = self.grid_size, self.patch_size
+        blocks = pixels.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # [B, 3, L, p, L, p]
+        return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def forward(self, patches: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode some or all tokens.
+
+        `patches` come from `patchify`; `tokens` are int64 indices [B, n], CLS at 0 where there is one; None means
+        all. Returns [B, n, D]: what timm's `forward_features` returns when `tokens` is None.
+        """
+        if tokens is None:
+            embedded = self._embed(patches) + self.vit.pos_embed[:, int(self.class_token) :]
+            if self.class_token:
+                cls = (self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(len(patches), -1, -1)
+                embedded = torch.cat([cls.to(embedded.dtype), embedded], dim=1)
+        else:
+            embedded = self._embed_some(patches, tokens)
+        return self.vit.norm(self.vit.blocks(self.vit.norm_pre(embedded)))
+
+    def _embed(self, patches: torch.Tensor) -> torch.Tensor:
+        """The patch convolution as a matrix product, so that only the patches at hand are multiplied."""
+        projection = self.vit.patch_embed.proj
+        return functional.linear(patches, projection.weight.flatten(1), projection.bias)
+
+    def _embed_some(self, patches: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        is_cls = tokens.eq(0) if self.class_token else None
+        index = (tokens - int(self.class_token)).clamp(min=0)
+        chosen = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
+        embedded = self._embed(chosen)  # [B, n, D]
+        if is_cls is not None:  # the CLS token stands wherever the mask put it, if it is in the source at all
+            embedded = torch.where(is_cls[..., None], self.vit.cls_token.to(embedded.dtype), embedded)
+        return embedded + self.vit.pos_embed[0][tokens]
+
+    def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `cls` [B, D] (where there is a CLS token), `mean` [B, D] and `patches` [B, T, D] of uint8 images."""
+        encoded = self(self.patchify(images)).float()
+        patches = encoded[:, int(self.class_token) :]
+        features = {"mean": patches.mean(1), "patches": patches}
+        return {"cls": encoded[:, 0], **features} if self.class_token else features
+
+
+def sincos_positions(dim: int, grid_size: int) -> torch.Tensor:
+    """Return fixed positions, float32 [L * L, dim], row-major.
+
+    The first half of the features encodes the column, the second the row, each as sines then cosines of the
+    coordinate times 10000^(-2k/(dim/2)), k = 0 ... dim/4 - 1 (the 2-D form of "Attention is all you need" used by MAE
+    and I-JEPA). Raises UsageError if 4 does not divide `dim`.
+    """
+    if dim % 4:
+        raise UsageError(f"{dim} features per token: 2-D sin-cos positions want a multiple of 4")
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # [L, dim / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [L, dim / 2]
+    columns = wave[None, :, :].expand(grid_size, -1, -1)
+    rows = wave[:, None, :].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()

@@ -1,0 +1,113 @@
+"""The plan of a training run: batch, steps, learning rate, from the options and the number of faces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mefem_cli.engine import schedules
+from mefem_cli.errors import UsageError
+
+PAPER_FACES = 1_000_000  # from here on the paper's own settings are the default
+SMALL_DATA_BATCHES = ((20_000, 64), (100_000, 256), (PAPER_FACES, 1024))  # up to so many faces: this batch
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The training."""
+
+    preset: Literal["auto", "paper", "small"] = "auto"  # defaults of the rest; auto is paper from 1M faces
+    objective: str = "mefem"  # what is learned: a file in objectives/
+    epochs: int = 66  # passes over the faces; 0 writes the untrained encoder
+    warmup_epochs: float = 3.0  # epochs over which the learning rate rises
+    lr: float | None = None  # peak learning rate; default: planned
+    weight_decay: str = "0.04:0.4"  # START:END of a cosine; none on biases, norms, tokens and positions
+    accumulate: int = 1  # cut each batch into N micro-batches to save memory; results stay the same
+    monitor: int = 1024  # faces set aside to watch the encoder, whole subjects, at most 5 %
+    checkpoint_every: float = 5.0  # minutes between checkpoints; 0: every step
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "warmup_epochs", "monitor", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 or more")
+        if self.accumulate < 1:
+            raise UsageError(f"--accumulate {self.accumulate}: wanted 1 or more")
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError(f"--lr {self.lr}: wanted a positive number")
+        weight_decay_range(self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    preset: str
+    batch_size: int  # faces of one step, over all micro-batches and devices
+    accumulate: int
+    epochs: int
+    steps_per_epoch: int
+    warmup_steps: int
+    lr: float
+    weight_decay: tuple[float, float]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate at a step."""
+        return schedules.learning_rate(self.lr, step, self.total_steps, self.warmup_steps)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay at a step."""
+        return schedules.cosine(*self.weight_decay, step, self.total_steps)
+
+
+def weight_decay_range(text: str) -> tuple[float, float]:
+    """Return START and END of `--weight-decay START:END`; one number stands for both. Raises UsageError."""
+    try:
+        values = [float(part) for part in text.split(":")]
+        if len(values) in (1, 2) and all(value >= 0 for value in values):
+            return values[0], values[-1]
+    except ValueError:
+        pass
+    raise UsageError(f"--weight-decay {text}: wanted START:END or one number, not negative, such as 0.04:0.4")
+
+
+def make_plan(options: TrainOptions, num_faces: int, batch_size: str = "auto") -> Plan:
+    """Plan a run on `num_faces` training faces. Raises UsageError for a batch that the faces do not fill."""
+    preset = options.preset
+    if preset == "auto":
+        preset = "paper" if num_faces >= PAPER_FACES else "small"
+    batch = _batch_size(batch_size, num_faces, preset)
+    if batch % options.accumulate:
+        raise UsageError(f"--accumulate {options.accumulate}: does not divide the batch of {batch}")
+    steps_per_epoch = num_faces // batch
+    planned_lr = 1e-3 * batch / schedules.PAPER_BATCH if preset == "paper" else schedules.small_data_learning_rate(batch)
+    return Plan(
+        preset=preset,
+        batch_size=batch,
+        accumulate=options.accumulate,
+        epochs=options.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=min(math.ceil(options.warmup_epochs * steps_per_epoch), options.epochs * steps_per_epoch // 2),
+        lr=options.lr if options.lr is not None else planned_lr,
+        weight_decay=weight_decay_range(options.weight_decay),
+    )
+
+
+def _batch_size(asked: str, num_faces: int, preset: str) -> int:
+    if asked == "auto":
+        batch = schedules.PAPER_BATCH
+        if preset == "small":
+            batch = next((size for faces, size in SMALL_DATA_BATCHES if num_faces < faces), schedules.PAPER_BATCH)
+        return max(1, min(batch, num_faces // 2))
+    try:
+        batch = int(asked)
+    except ValueError as error:
+        raise UsageError(f"--batch-size {asked}: wanted auto or a number") from error
+    if not 1 <= batch <= num_faces:
+        raise UsageError(f"--batch-size {batch}: there are {num_faces} training faces; wanted 1 to {num_faces}")
+    return batch

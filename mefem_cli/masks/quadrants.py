@@ -1,0 +1,41 @@
+"""Quadrants: the source is one of the four corners of the face, a quarter of the grid; the rest is the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mefem_cli.errors import UsageError
+from mefem_cli.masks import Split
+from mefem_cli.masks._grid import farthest_last
+
+
+@dataclass(frozen=True)
+class Options:
+    """Quadrants: no options."""
+
+
+def build(options: Options, grid_size: int) -> Quadrants:
+    """Return the masker. Raises UsageError for a grid with an odd side."""
+    return Quadrants(grid_size)
+
+
+class Quadrants:
+    """One of the four quadrants, uniformly."""
+
+    def __init__(self, grid_size: int):
+        if grid_size % 2:
+            raise UsageError(f"--mask quadrants: a grid of {grid_size} x {grid_size} patches has no quadrants; wanted an even side")
+        self.grid_size = grid_size
+        half = grid_size // 2
+        patches = torch.arange(grid_size * grid_size).view(grid_size, grid_size)
+        corners = [patches[row : row + half, column : column + half] for row in (0, half) for column in (0, half)]
+        sources = torch.stack([corner.flatten() for corner in corners])
+        self._sources = farthest_last(sources, grid_size)
+        self._targets = torch.stack([patches.flatten()[~torch.isin(patches.flatten(), one)] for one in sources])
+
+    def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
+        """Return one split: `[B, L * L / 4]` source and `[B, 3 * L * L / 4]` target patches."""
+        quadrant = torch.randint(4, (num_faces,), generator=generator)
+        return [Split(self._sources[quadrant], self._targets[quadrant])]

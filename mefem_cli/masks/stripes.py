@@ -1,0 +1,84 @@
+"""Axial stripes: the source is a full-width stripe of rows or columns near the centre, the rest is the target.
+
+The stripe's centre is normal around the middle of the face, so eyes, nose and mouth are shown often and the hair seldom
+(paper: stripes and width 3; ours: equal odds for rows and columns, the clamp at the edges).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mefem_cli.errors import UsageError
+from mefem_cli.masks import Split
+
+
+@dataclass(frozen=True)
+class Options:
+    """Axial stripes."""
+
+    width: int = 3  # stripe width, patches
+    spread: float = 0.175  # standard deviation of the stripe's centre, as a share of the grid
+
+
+def build(options: Options, grid_size: int) -> Stripes:
+    """Return the masker. Raises UsageError for a width that leaves no source or no target."""
+    return Stripes(grid_size, options.width, options.spread)
+
+
+class Stripes:
+    """One of `2 * (L - width + 1)` stripes per face, drawn from a finite table."""
+
+    def __init__(self, grid_size: int, width: int = 3, spread: float = 0.175):
+        if not 1 <= width < grid_size:
+            raise UsageError(f"--width {width}: a grid of {grid_size} patches has stripes of 1 to {grid_size - 1}; try --width 3")
+        if not spread > 0:
+            raise UsageError(f"--spread {spread}: wanted a positive share of the grid; try --spread 0.175")
+        self.grid_size = grid_size
+        self.start_probabilities = start_probabilities(grid_size, width, spread)
+        self._sources, self._targets = _stripe_table(grid_size, width)
+
+    def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
+        """Return one split: `[B, width * L]` source and `[B, L * L - width * L]` target patches."""
+        num_starts = len(self.start_probabilities)
+        axis = torch.randint(2, (num_faces,), generator=generator)
+        cumulative = self.start_probabilities.cumsum(0)
+        start = torch.searchsorted(cumulative, torch.rand(num_faces, generator=generator, dtype=torch.float64))
+        stripe = axis * num_starts + start.clamp(max=num_starts - 1)
+        return [Split(self._sources[stripe], self._targets[stripe])]
+
+
+def start_probabilities(grid_size: int, width: int, spread: float = 0.175) -> torch.Tensor:
+    """Return P(first row or column of the stripe), float64 of shape [L - width + 1].
+
+    The centre c is normal(mean (L-1)/2, std spread * L) truncated to [0, L-1]; the start is
+    clamp(round(c - (width-1)/2), 0, L-width). So start s takes the mass of c between s - 1/2 and s + 1/2, shifted by
+    (width-1)/2, and the first and last start also take the tails.
+
+    >>> [round(p, 4) for p in start_probabilities(14, 3).tolist()[:3]]
+    [0.0168, 0.0309, 0.0596]
+    """
+    last = grid_size - 1
+    num_starts = grid_size - width + 1
+
+    def mass_below(c: float) -> float:
+        return 0.5 * (1 + math.erf((c - last / 2) / (spread * grid_size * math.sqrt(2))))
+
+    inner_edges = [start + width / 2 for start in range(num_starts - 1)]  # c at which the start changes: s + 1/2 + (w-1)/2
+    below = [mass_below(c) for c in (0.0, *inner_edges, float(last))]
+    mass = torch.tensor([high - low for low, high in zip(below[:-1], below[1:], strict=True)], dtype=torch.float64)
+    return mass / mass.sum()
+
+
+def _stripe_table(grid_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return source and target patches of every stripe: row stripes by start, then column stripes by start."""
+    patches = torch.arange(grid_size * grid_size).view(grid_size, grid_size)
+    sources, targets = [], []
+    for axis in (0, 1):
+        for start in range(grid_size - width + 1):
+            source = patches.narrow(axis, start, width).flatten()  # row-major order: the last one lies at the border
+            sources.append(source)
+            targets.append(patches.flatten()[~torch.isin(patches.flatten(), source)])
+    return torch.stack(sources), torch.stack(targets)
