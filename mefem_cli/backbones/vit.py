@@ -7,14 +7,20 @@ Pre-norm, fixed 2-D sin-cos positions, CLS position zero. The state dict has tim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from mefem_cli.errors import UsageError, did_you_mean
+from mefem_cli.engine import checkpoint
+from mefem_cli.errors import NoInputError, UsageError, did_you_mean
+from mefem_cli.stores import product
+from mefem_cli.stores.runs import ENCODER_FILES, Run, describe_model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -164,3 +170,44 @@ def sincos_positions(dim: int, grid_size: int) -> torch.Tensor:
     columns = wave[None, :, :].expand(grid_size, -1, -1)
     rows = wave[:, None, :].expand(-1, grid_size, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+def save_encoder(run: Run, encoders: dict[str, ViTEncoder], crop_rule: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Write a run's encoders with timm's parameter names, then model.json, which describes and completes them."""
+    for name, encoder in encoders.items():
+        state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}
+        with product.writing(run.path / ENCODER_FILES[name]) as temporary:
+            save_file(state, temporary)
+    first_name, encoder = next(iter(encoders.items()))
+    run.write_model(
+        {
+            **asdict(encoder.options),  # depth, width and heads as asked: None is the backbone's own
+            "class_token": encoder.class_token,
+            "embed_dim": encoder.embed_dim,
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+            "interpolation": encoder.interpolation,
+            "crop_rule": crop_rule,
+            "encoder": first_name,
+            "provenance": provenance,
+        }
+    )
+
+
+def load_encoder(path: Path, which: str | None = None) -> tuple[ViTEncoder, dict[str, Any], Path]:
+    """Load an encoder from a run folder or one of its .safetensors files.
+
+    Returns the encoder, its model.json and the weights' file. `which` is "target" (the default) or "source". Raises
+    NoInputError where there is no finished model, UsageError for a newer one, OutputError for weights that do not fit.
+    """
+    folder, description = describe_model(path)
+    weights = path if path.suffix == ".safetensors" else folder / ENCODER_FILES[which or description["encoder"]]
+    names = ("backbone", "image_size", "patch_size", "depth", "embed_dim", "num_heads")
+    options = Options(**{name: description[name] for name in names})
+    encoder = build(options, class_token=description["class_token"])
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise NoInputError(f"{weights}: cannot be read as safetensors ({error})") from error
+    checkpoint.load_into(encoder.vit, state, weights)
+    return encoder.eval().requires_grad_(False), description, weights

@@ -85,7 +85,7 @@ def make_plan(options: TrainOptions, num_faces: int, batch_size: str = "auto") -
     if batch % options.accumulate:
         raise UsageError(f"--accumulate {options.accumulate}: does not divide the batch of {batch}")
     steps_per_epoch = num_faces // batch
-    planned_lr = 1e-3 * batch / schedules.PAPER_BATCH if preset == "paper" else schedules.small_data_learning_rate(batch)
+    planned_lr = schedules.PAPER_LEARNING_RATE if preset == "paper" else schedules.small_data_learning_rate(batch)
     return Plan(
         preset=preset,
         batch_size=batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 PAPER_BATCH = 2048
+PAPER_LEARNING_RATE = 1e-3  # at that batch
 PAPER_EMA_GAP = 0.004  # 1 - .996
 MIN_FORGETTING_STEPS = 20  # the EMA gap times the steps: at most e^(-20/2) of the initial target remains
 MAX_EMA_GAP = 0.05
@@ -33,7 +34,7 @@ def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int, f
 
 def small_data_learning_rate(batch_size: int) -> float:
     """Return the peak learning rate for small data: square-root scaling from 1e-3 at 2,048, not under 5e-4."""
-    return max(5e-4, 1e-3 * math.sqrt(batch_size / PAPER_BATCH))
+    return max(5e-4, PAPER_LEARNING_RATE * math.sqrt(batch_size / PAPER_BATCH))
 
 
 def small_data_ema_start(batch_size: int, total_steps: int) -> float:

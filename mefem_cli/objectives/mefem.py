@@ -11,7 +11,7 @@ and after each step the target encoder moves towards the source encoder (EMA).
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,11 @@ def build(options: Options, encoder: ViTEncoder, given: parts.Given) -> MeFEm:
 def wants_class_token(options: Options) -> bool:
     """Return whether the encoder has a CLS token."""
     return options.cls_prob is not None
+
+
+def resolve(options: Options, batch_size: int, total_steps: int, paper: bool) -> Options:
+    """Return the options with what depends on the plan filled in: the EMA schedule."""
+    return replace(options, ema=planned_ema(options, batch_size, total_steps, paper))
 
 
 class MeFEm(nn.Module):
@@ -164,6 +169,10 @@ class MeFEm(nn.Module):
     def encoders(self) -> dict[str, ViTEncoder]:
         """Return the encoders to keep; the first is the one for use."""
         return {"target": self.target_encoder, "source": self.source_encoder}
+
+    def token_targets(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the targets of all tokens of uint8 images, float32 [B, N, D]."""
+        return self.targets(self.source_encoder.patchify(images))
 
     @torch.no_grad()
     def baselines(self, images: torch.Tensor, draws: list[Split], mean_target: torch.Tensor) -> dict[str, torch.Tensor]:

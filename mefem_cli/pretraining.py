@@ -1,0 +1,165 @@
+"""A pretraining job: options + crops + objective + engine, put together; what `mefem pretrain` runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mefem_cli import console, parts
+from mefem_cli.backbones import vit
+from mefem_cli.engine import seeds
+from mefem_cli.engine.device import Device, announce, choose_device
+from mefem_cli.engine.fit import Trainer
+from mefem_cli.engine.monitors import split_monitor_faces
+from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
+from mefem_cli.engine.stream import ImageStream
+from mefem_cli.errors import NoInputError, OutputError
+from mefem_cli.parts import Given
+from mefem_cli.stores import runs
+from mefem_cli.stores.crops import Crops
+from mefem_cli.stores.product import ProductOptions, difference, provenance, refuse_existing
+from mefem_cli.stores.runs import Run
+
+RUNS = Path("runs")
+SUBJECT_LABELS = ("subject", "patient")
+# Options that a resumed run may change, and those that say how a command runs rather than what it makes.
+FREE_ON_RESUME = frozenset(
+    "workers device epochs checkpoint_every out overwrite resume dry_run quiet json config debug".split()
+)
+
+
+@dataclass
+class Job:
+    """Everything of one training run, ready to train."""
+
+    product: ProductOptions
+    train_options: TrainOptions
+    config: dict[str, Any]  # the resolved options, as config.yaml records them
+    crops: Crops
+    training_rows: np.ndarray
+    monitor_rows: np.ndarray
+    plan: Plan
+    device: Device
+    stream: ImageStream
+    objective: nn.Module
+    run: Run
+
+    @classmethod
+    def prepare(cls, folders: list[Path], given: Given, product: ProductOptions) -> Job:
+        """Read the options and the crops, plan the run and build the untrained model; nothing is written.
+
+        A resumed run takes what is not given from its own record. Raises MefemError for whatever does not fit.
+        """
+        recorded: dict[str, Any] = {}
+        if product.resume:
+            recorded = Run.open(Path(product.out) if product.out else runs.newest_unfinished(RUNS)).config()
+            given, folders = _with_record(given, folders, recorded, product)
+        train_options = given.build("engine.plan", "TrainOptions")
+        device_options = given.build("engine.device", "DeviceOptions")
+        product = given.build("stores.product", "ProductOptions")
+        objective_module = parts.load("objectives", train_options.objective)
+        objective_options = given.build(f"objectives.{train_options.objective}")
+        backbone_options = given.build("backbones.vit")
+
+        crops = Crops.open(*folders)
+        if product.limit is not None:
+            crops = crops.select(range(min(product.limit, len(crops))))
+        training_rows, monitor_rows = split_monitor_faces(len(crops), _subjects(crops), train_options.monitor, product.seed)
+        plan = make_plan(train_options, len(training_rows), device_options.batch_size)
+        objective_options = objective_module.resolve(
+            objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
+        )
+        device = choose_device(device_options.device, device_options.precision)
+
+        seeds.seed_initialisation(product.seed)
+        encoder = vit.build(backbone_options, objective_module.wants_class_token(objective_options))
+        objective = objective_module.build(objective_options, encoder, given)
+        config = {
+            "crops": [str(folder.absolute()) for folder in folders],
+            **asdict(train_options),
+            **asdict(objective_options),
+            **_options_of_parts(given, objective_options),
+            **asdict(backbone_options),
+            "lr": plan.lr,
+            "preset": plan.preset,
+            "batch_size": plan.batch_size,
+            "precision": "bf16" if "bf" in str(device.dtype) else "fp32",
+            "seed": product.seed,
+            "limit": product.limit,
+            "inputs": crops.inputs(),
+        }
+        if recorded:
+            changes = difference(recorded, config, FREE_ON_RESUME | {"ema"} if "epochs" in given else FREE_ON_RESUME)
+            if changes:
+                raise OutputError(f"{product.out}: the run was started with other options: {changes}; resume without them")
+        for name in given.unused:
+            console.warn(f"--{name.replace('_', '-')} has no effect here")
+        run = Run(Path(product.out) if product.out else _new_run_path(config))
+        stream = ImageStream(crops, backbone_options.image_size, device_options.workers, keep_decoded=True)
+        return cls(
+            product, train_options, config, crops, training_rows, monitor_rows, plan, device, stream, objective, run
+        )
+
+    def train(self) -> None:
+        """Train to the end, or go on where the run stopped, and write the encoders."""
+        resume = self.product.resume
+        if resume and not self.run.checkpoint_path.exists():
+            console.warn(f"{self.run.path} has no checkpoint yet; it starts at step 0")
+            self.run.truncate_metrics(-1)
+            resume = False
+        elif not resume:
+            refuse_existing(self.run.path, self.product.overwrite)
+        self.run = Run.create(self.run.path, self.config)
+        announce(self.device)
+        console.note(describe_plan(self))
+        self.run.log(f"device {self.device}; {self.plan}")
+        trainer = Trainer(
+            self.objective, self.stream, self.training_rows, self.plan, self.device, self.run, self.product.seed
+        )
+        trainer.fit(self.monitor_rows, self.train_options.checkpoint_every, resume)
+        crop_rule = {"side": "2 * max(box width, box height)", "size": self.crops.size}
+        record = provenance(self.config, self.crops.inputs(), self.product.seed, str(self.device))
+        vit.save_encoder(self.run, self.objective.encoders(), crop_rule, record)  # type: ignore[operator]
+        if self.stream.corrupt:
+            console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
+            self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
+
+
+def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], product: ProductOptions) -> tuple[Given, list[Path]]:
+    """Fill what was not given from the run's own record."""
+    run_path = Path(product.out) if product.out else runs.newest_unfinished(RUNS)
+    if runs.Run(run_path).is_finished and "epochs" not in given:
+        raise OutputError(f"{run_path}: is finished; extend it with --epochs, or type --overwrite to train anew")
+    kept = {name: value for name, value in recorded.items() if name not in ("crops", "inputs")}
+    if "epochs" in given:
+        kept.pop("ema", None)  # planned anew for the new length, unless asked
+    return Given({**kept, **given.values, "out": str(run_path)}), folders or [Path(one) for one in recorded["crops"]]
+
+
+def _options_of_parts(given: Given, objective_options: Any) -> dict[str, Any]:
+    """Return the resolved options of the mask, if the objective has one."""
+    mask = getattr(objective_options, "mask", None)
+    return asdict(given.build(f"masks.{mask}")) if mask else {}
+
+
+def _subjects(crops: Crops) -> np.ndarray | None:
+    return next((crops.labels[name] for name in SUBJECT_LABELS if name in crops.labels), None)
+
+
+def _new_run_path(config: dict[str, Any]) -> Path:
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.get('mask', config['objective'])}"
+
+
+def describe_plan(job: Job) -> str:
+    """Return one line about what the run does."""
+    plan = job.plan
+    return (
+        f"{len(job.training_rows)} faces to train on, {len(job.monitor_rows)} to watch; batch {plan.batch_size}, "
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps, learning rate {plan.lr:.2g} ({plan.preset} preset), "
+        f"EMA {job.config.get('ema', 'none')}"
+    )

@@ -1,0 +1,140 @@
+"""A run folder: resolved options, metrics, log, checkpoint, encoders, report. Knows paths and files, not tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mefem_cli.errors import NoInputError, OutputError, UsageError
+from mefem_cli.stores import product
+
+MODEL_FORMAT, MODEL_VERSION = "mefem-model", 1
+ENCODER_FILES = {"target": "model.safetensors", "source": "source.safetensors"}
+
+
+class Run:
+    """One training run on disk. Everything but the metrics and the log is written under a temporary name first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.metrics_path = path / "metrics.jsonl"
+        self.checkpoint_path = path / "last.ckpt"
+        self.figures = path / "figures"
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any]) -> Run:
+        """Make the folder and write its configuration."""
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        product.write_text(run.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open an existing run folder. Raises NoInputError if it is none."""
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise NoInputError(f"{path}: no run folder (it has no config.yaml); mefem pretrain makes one")
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the encoder has been written."""
+        return (self.path / "model.json").is_file()
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved options. Raises OutputError for a damaged file."""
+        try:
+            content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise OutputError(f"{self.config_path}: damaged; type --overwrite to train anew") from error
+        if not isinstance(content, dict):
+            raise OutputError(f"{self.config_path}: damaged; type --overwrite to train anew")
+        return content
+
+    def log(self, message: str) -> None:
+        """Append a line with the time to run.log."""
+        with (self.path / "run.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append one JSON line to metrics.jsonl."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self.metrics_path.exists():
+            return
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after `step`, which a resumed run will write again."""
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+        product.write_text(self.metrics_path, "".join(kept))
+
+    def write_model(self, description: dict[str, Any]) -> None:
+        """Write model.json, which says that the encoders are complete."""
+        product.write_json(
+            self.path / "model.json", {"format": MODEL_FORMAT, "version": MODEL_VERSION, **description}
+        )
+
+    def become_latest(self) -> None:
+        """Point `latest` beside the run folder at it."""
+        temporary = self.path.parent / f".latest.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self.path.name)
+        os.replace(temporary, self.path.parent / "latest")
+
+
+def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return a run's folder and its model.json, given the folder or one of its .safetensors files.
+
+    Raises NoInputError where there is no finished model and UsageError for one from a newer mefem.
+    """
+    folder = path.parent if path.suffix == ".safetensors" else path
+    if not folder.exists():
+        raise NoInputError(f"{path}: no such run; mefem pretrain makes one, or name it with --model")
+    description_path = folder / "model.json"
+    if not description_path.is_file():
+        hint = "it is not finished: go on with mefem pretrain --resume -o" if (folder / "config.yaml").exists() else "it is no run folder; give one with --model"
+        raise NoInputError(f"{folder}: has no model.json; {hint} {folder if 'resume' in hint else ''}".rstrip())
+    try:
+        description = json.loads(description_path.read_text(encoding="utf-8"))
+        if description["format"] != MODEL_FORMAT:
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise NoInputError(f"{description_path}: not the description of a mefem model") from error
+    if description["version"] > MODEL_VERSION:
+        raise UsageError(
+            f"{description_path}: version {description['version']} is from a newer mefem (this one reads {MODEL_VERSION}); "
+            "upgrade with pip install -U mefem-cli"
+        )
+    return folder, description
+
+
+def latest_run(root: Path) -> Path:
+    """Return `root/latest`. Raises NoInputError where no run has finished there."""
+    path = root / "latest"
+    if not path.exists():
+        raise NoInputError(f"{path}: no finished run; start one with mefem pretrain, or name a model with --model")
+    return path.resolve()
+
+
+def newest_unfinished(root: Path) -> Path:
+    """Return the unfinished run folder in `root` that was changed last. Raises NoInputError if there is none."""
+    unfinished = [path.parent for path in root.glob("*/config.yaml") if not Run(path.parent).is_finished]
+    if not unfinished:
+        raise NoInputError(f"{root}: no unfinished run to resume; name one with -o")
+    return max(unfinished, key=lambda path: path.stat().st_mtime)
