@@ -107,8 +107,10 @@ def _annotation(option: parts.Field, section: str) -> Any:
     if option.is_flag:
         if option.default is True:
             flags, shown = [f"{option.flag}/--no-{option.flag[2:]}"], "  [default: on]"
-        return Annotated[bool | None, typer.Option(*flags, help=option.help + shown, rich_help_panel=section)]
-    details = typer.Option(*flags, help=option.help + shown, metavar=option.metavar, rich_help_panel=section)
+        return Annotated[bool | None, typer.Option(*flags, help=option.help + shown, rich_help_panel=section, show_envvar=False)]
+    details = typer.Option(
+        *flags, help=option.help + shown, metavar=option.metavar, rich_help_panel=section, show_envvar=False
+    )
     return Annotated[list[str] | None, details] if option.is_list else Annotated[str | None, details]
 
 

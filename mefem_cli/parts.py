@@ -63,7 +63,8 @@ class Field:
     def metavar(self) -> str:
         """What stands for the value in the help: `N`, `X`, `a|b|c`."""
         shown = {"int": "N", "float": "X", "str": "TEXT", "None": "none", "list[str]": "TEXT"}
-        return "|".join(str(one[1]) if isinstance(one, tuple) else shown[one] for one in self.alternatives)
+        members = [one for one in self.alternatives if one != "None" or self.default is not None]  # None: leave it out
+        return "|".join(str(one[1]) if isinstance(one, tuple) else shown[one] for one in members)
 
     def parse(self, given: Any) -> Any:
         """Return `given` (text from a shell or an environment variable, a value from YAML) as the field's type."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,8 +17,8 @@ class DeviceOptions:
     """The machine."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 where the hardware multiplies it natively
-    workers: int | None = None  # threads (crop: processes) that read and decode images; default: the cores
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    workers: int | None = None  # threads that read and decode images; default: the cores
     batch_size: str = "auto"  # images in a batch, auto or N
 
 

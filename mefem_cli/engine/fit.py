@@ -136,7 +136,7 @@ class Trainer:
     def _step_unless_non_finite(self, grad_norm: torch.Tensor) -> None:
         """Let the fused optimiser skip the step on the device if a gradient is not finite, and count it."""
         found = (~torch.isfinite(grad_norm)).float()
-        self.optimizer.found_inf = found.view(1)  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        self.optimizer.found_inf = found  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.skipped += found

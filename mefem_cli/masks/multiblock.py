@@ -54,7 +54,7 @@ class Multiblock:
         self.grid_size = grid_size
         self._scale = grid_size * grid_size / PAPER_GRID_PATCHES
         if min(self.num_source(mode) for mode in MODES) < 1:
-            raise UsageError(f"--mask multiblock: a grid of {grid_size} x {grid_size} patches is too small; wanted 4 or more")
+            raise UsageError(f"--mask multiblock: a grid of {grid_size} x {grid_size} patches is too small; wanted 5 or more a side")
 
     def num_source(self, mode: Mode) -> int:
         """Return the mode's fixed number of source patches on this grid."""
