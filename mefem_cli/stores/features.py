@@ -101,8 +101,8 @@ class FeatureWriter:
 
         Raises OutputError for a value that float16 cannot hold and NoInputError for NaN, each naming the crop.
         """
-        given = {"cls": cls, "mean": mean, "patches": patches}
-        given = {kind: values for kind, values in given.items() if values is not None}
+        features = {"cls": cls, "mean": mean, "patches": patches}
+        given = {kind: values for kind, values in features.items() if values is not None}
         assert given.keys() == self._row_shapes.keys(), f"wanted {[*self._row_shapes]}, got {[*given]}"
         begin, end = len(self._ids), len(self._ids) + len(ids)
         for kind, values in given.items():
@@ -125,7 +125,9 @@ class FeatureWriter:
                 f"crop {ids[row]}: its {kind} features reach {largest:.3g}, more than {self._dtype} holds; "
                 "type --dtype float32"
             )
-        raise NoInputError(f"crop {ids[row]}: the encoder gives {kind} features that are not finite; use another encoder")
+        raise NoInputError(
+            f"crop {ids[row]}: the encoder gives {kind} features that are not finite; use another encoder"
+        )
 
     def finish(self, labels: Mapping[str, np.ndarray], meta: Mapping[str, np.ndarray]) -> None:
         """Write ids, labels (numbers as float64, text as utf-8) and manifest columns, check all, mark it complete."""

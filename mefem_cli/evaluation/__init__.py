@@ -1,0 +1,1 @@
+"""From a feature store and a label to scores with intervals: labels, folds, metrics, bootstrap, evaluate."""

@@ -1,0 +1,213 @@
+"""Trains many heads at once: one for each learning rate and weight decay, in one pass over the features.
+
+Parameters carry a leading dimension G, one slice per head, so a step is a few large matrix products instead of G small
+ones. Heads share the first values, the batches and their order; a sum of losses gives each its own gradient. Learning
+rate, weight decay and epoch are chosen on one inner fold, and one head is trained again on all training rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mefem_cli.engine import device as devices
+from mefem_cli.errors import UsageError
+from mefem_cli.probes import Fitted, Fold
+
+WARMUP_SHARE = 0.1  # of the steps; then cosine to 0
+EVALUATION_ROWS = 512
+MIN_VALUES_FOR_THREADS = 1 << 18  # feature values in a batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained; every learning rate is tried with every weight decay."""
+
+    learning_rates: str
+    weight_decays: str
+    epochs: int
+    head_batch: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "head_batch"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {getattr(self, name)}: wanted a whole number from 1")
+        if min(self.rates) <= 0 or min(self.decays) < 0:
+            raise UsageError("--learning-rates want numbers above 0, --weight-decays numbers from 0")
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates to choose among."""
+        return _numbers("--learning-rates", self.learning_rates)
+
+    @property
+    def decays(self) -> list[float]:
+        """The weight decays to choose among."""
+        return _numbers("--weight-decays", self.weight_decays)
+
+
+def _numbers(flag: str, given: str) -> list[float]:
+    try:
+        return [float(word) for word in given.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{flag} {given}: wanted numbers with commas between, such as 1e-4,1e-3") from error
+
+
+class StackedAdamW:
+    """torch's AdamW, with a learning rate and a weight decay for each slice of parameters [G, ...].
+
+    Slices are handed to it as parameter groups that share memory with the stack. Biases, norms and the query do not
+    decay.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], grid: list[tuple[float, float]]):
+        self.stacks = parameters
+        self.rates = [rate for rate, _ in grid for _ in (True, False)]  # of each group: matrices, then the others
+        self.slices = [[one.detach()[head] for one in parameters] for head in range(len(grid))]
+        groups = []
+        for slices, (rate, decay) in zip(self.slices, grid, strict=True):
+            groups.append({"params": [one for one in slices if one.ndim >= 2], "lr": rate, "weight_decay": decay})
+            groups.append({"params": [one for one in slices if one.ndim < 2], "lr": rate, "weight_decay": 0.0})
+        self.optimiser = torch.optim.AdamW(groups, fused=True)
+        self.steps = 0
+
+    def step(self, rate_factor: float) -> None:
+        """Update all heads, their learning rates multiplied by `rate_factor`, and clear the gradients."""
+        self.steps += 1
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_factor
+        for index, stacked in enumerate(self.stacks):
+            assert stacked.grad is not None
+            for slices, gradient in zip(self.slices, stacked.grad, strict=True):
+                slices[index].grad = gradient
+            stacked.grad = None
+        self.optimiser.step()
+
+
+@lru_cache(maxsize=1)
+def _device(name: str) -> torch.device:
+    chosen = devices.choose_device(name, "fp32")
+    devices.announce(chosen)
+    return chosen.torch
+
+
+@contextmanager
+def _threads_for(batch_values: int) -> Iterator[None]:
+    """Use one thread where a step is so small that threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    if batch_values < MIN_VALUES_FOR_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stack(heads: int, *shape: int, fan_in: int, generator: torch.Generator) -> nn.Parameter:
+    """Return a parameter [G, *shape] of equal slices, uniform in +-1/sqrt(fan_in) as torch's Linear starts."""
+    bound = 1 / math.sqrt(fan_in)
+    one = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return nn.Parameter(one.expand(heads, *shape).clone())
+
+
+Build = Callable[[int, int, torch.Generator], nn.Module]  # (heads, outputs, generator) -> a head: x -> [G, B, outputs]
+
+
+def fit_predict(fold: Fold, recipe: Recipe, build: Build) -> Fitted:
+    """Choose learning rate, weight decay and epoch on one inner fold, train on all rows, predict the test fold."""
+    with _threads_for(fold.features[0].size * recipe.head_batch):
+        return _choose_and_predict(_Trainer(fold, recipe, build, _device(fold.device)), fold, recipe)
+
+
+def _choose_and_predict(trainer: _Trainer, fold: Fold, recipe: Recipe) -> Fitted:
+    grid = list(product(recipe.rates, recipe.decays))
+    is_valid = fold.inner == fold.inner.min()
+    losses = trainer.train(grid, ~is_valid, recipe.epochs, is_valid)[1]  # [epochs, G]
+    epoch, best = np.unravel_index(int(np.argmin(losses)), losses.shape)
+    rate, decay = grid[best]
+    head, _ = trainer.train([grid[best]], np.ones_like(is_valid), int(epoch) + 1)
+    chosen = {"learning_rate": rate, "weight_decay": decay, "epochs": int(epoch) + 1}
+    return Fitted(trainer.predict(head, fold.test), chosen)
+
+
+class _Trainer:
+    """The data of one fold as tensors, and the training of stacked heads on them."""
+
+    def __init__(self, fold: Fold, recipe: Recipe, build: Build, device: torch.device):
+        self.fold, self.recipe, self.build, self.device = fold, recipe, build, device
+        self.is_regression = fold.num_classes == 0
+        if self.is_regression:
+            self.offset, self.scale = fold.target.mean(), fold.target.std() or 1.0
+            self.target = torch.from_numpy((fold.target - self.offset) / self.scale).float()[:, None]  # [n, 1]
+        else:
+            self.target = torch.from_numpy(fold.target).long()  # [n]
+
+    def train(
+        self, grid: list[tuple[float, float]], rows: np.ndarray, epochs: int, valid: np.ndarray | None = None
+    ) -> tuple[nn.Module, np.ndarray]:
+        """Train a head for each (learning rate, weight decay) on a mask of training rows.
+
+        Returns the heads and their losses on `valid` after each epoch, [epochs, G] (empty without it). The schedule is
+        that of `recipe.epochs`, so training again for fewer epochs repeats its beginning.
+        """
+        generator = torch.Generator().manual_seed(self.fold.seed)
+        head = self.build(len(grid), max(self.fold.num_classes, 1), generator).to(self.device)
+        optimiser = StackedAdamW(list(head.parameters()), grid)
+        indices = torch.from_numpy(np.flatnonzero(rows))
+        steps_an_epoch = math.ceil(len(indices) / self.recipe.head_batch)
+        total = steps_an_epoch * self.recipe.epochs
+        losses = []
+        for _ in range(epochs):
+            shuffled = indices[torch.randperm(len(indices), generator=generator)]
+            for batch in shuffled.chunk(steps_an_epoch):
+                self.losses(head, batch).sum().backward()
+                optimiser.step(schedule(optimiser.steps, total))
+            if valid is not None:
+                losses.append(self.evaluate(head, torch.from_numpy(np.flatnonzero(valid))))
+        return head, np.array(losses)
+
+    def batch(self, rows: np.ndarray) -> torch.Tensor:
+        """Return features of some rows; numpy gathers them, as torch gathers float16 value by value on a CPU."""
+        return torch.from_numpy(self.fold.features[rows]).to(self.device).float()
+
+    def losses(self, head: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of each head on training rows, [G]: squared error or cross entropy."""
+        output = head(self.batch(self.fold.train[rows.numpy()]))  # [G, B, outputs]
+        target = self.target[rows].to(self.device)
+        if self.is_regression:
+            return (output - target).square().mean(dim=(1, 2))
+        repeated = target.expand(len(output), -1)
+        return functional.cross_entropy(output.transpose(1, 2), repeated, reduction="none").mean(dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, head: nn.Module, rows: torch.Tensor) -> np.ndarray:
+        """Return the mean loss of each head over training rows, [G]; a head that diverged loses."""
+        sums = torch.stack([self.losses(head, part) * len(part) for part in rows.split(EVALUATION_ROWS)])  # [parts, G]
+        return torch.nan_to_num(sums.sum(dim=0) / len(rows), nan=torch.inf).cpu().numpy()
+
+    @torch.no_grad()
+    def predict(self, head: nn.Module, rows: np.ndarray) -> np.ndarray:
+        """Return predictions of a single head (G = 1): (m,) in the target's unit, or class probabilities [m, C]."""
+        parts = np.split(rows, np.arange(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+        output = torch.cat([head(self.batch(part))[0] for part in parts]).double().cpu()  # [m, outputs]
+        if self.is_regression:
+            return output[:, 0].numpy() * self.scale + self.offset
+        return output.softmax(dim=1).numpy()
+
+
+def schedule(step: int, total: int) -> float:
+    """Return the factor of the learning rate at a step: linear warm-up, then cosine to 0."""
+    warmup = max(1, round(total * WARMUP_SHARE))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
