@@ -67,7 +67,7 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 
 def write_json(path: Path, content: Any) -> None:
