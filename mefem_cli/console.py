@@ -93,7 +93,8 @@ def table(content: Table) -> None:
 
     terminal = Console(soft_wrap=False)
     if not terminal.is_terminal:
-        terminal = Console(width=max(80, terminal.measure(content).maximum), color_system=None)
+        unlimited = Console(width=1 << 14)  # a measure never exceeds its console
+        terminal = Console(width=max(80, unlimited.measure(content).maximum), color_system=None)
     terminal.print(content)
 
 

@@ -9,6 +9,7 @@ Learning rate, weight decay, penalty and number of neighbours are chosen inside 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +38,7 @@ class ProbeOptions:
     head: str = "default"  # attentive, mlp, linear, knn, several with commas, or all; default: linear and mlp, and
     # attentive where patches are stored
     features: str | None = None  # patches, cls, mean, patches+cls or cls+mean; default: patches for attentive, else cls
-    kind: str | None = (
-        None  # regression or classification; default: by the label (text or a few whole numbers: classes)
-    )
+    kind: str | None = None  # regression or classification; default: text or few whole numbers are classes
     group: str | None = None  # label that says who is who; default: subject or patient
     folds: int = 5  # folds; each person lies in one
     by: list[str] = field(default_factory=list)  # also scores for each value of this label (quarters of a number)
@@ -255,6 +254,7 @@ def evaluate_head(
     features: str,
     options: ProbeOptions | None = None,
     head_options: Any = None,
+    after_fold: Callable[[str], None] | None = None,
 ) -> Score:
     """Fit a head on each training fold, predict its test fold, and score all predictions together."""
     options = options or ProbeOptions()
@@ -272,6 +272,8 @@ def evaluate_head(
         output[test] = fitted.output
         baseline[test] = np.eye(len(problem.classes))[known].mean(axis=0) if problem.classes else known.mean()
         chosen.append(fitted.chosen)
+        if after_fold is not None:
+            after_fold(f"{problem.task}: {head} on {features}")
     predictions = _predictions(problem, output)
     scored = bootstrap.intervals(predictions, options.bootstraps, [problem.seed, 2])
     return Score(

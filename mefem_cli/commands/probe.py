@@ -1,0 +1,123 @@
+"""A feature store + a label -> scores with intervals.
+
+A task is a label of the store, or bmi (also from weight_kg and height_cm) or age. Each face is predicted by a head
+that never saw its person; intervals are 95 % bootstraps over people. Reads the pipe or features.h5; writes nothing
+without -o.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mefem_cli.evaluation.job import Job, Results
+    from mefem_cli.parts import Given
+    from mefem_cli.stores.product import ProductOptions
+
+ARGUMENT = ("task", "Tasks or labels, several at once: bmi, age, or any label in the store.")
+OPTIONS = ("evaluation.evaluate:ProbeOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
+ROOMS = ("probes",)
+
+DEFAULT_STORE = "features.h5"
+
+
+def run(arguments: list[str], given: Given) -> None:
+    """Probe, or with `--dry-run` say what would be probed."""
+    from pathlib import Path
+
+    from mefem_cli import console
+    from mefem_cli.errors import UsageError
+    from mefem_cli.evaluation import job as jobs
+    from mefem_cli.stores import product
+
+    options = given.build("evaluation.evaluate", "ProbeOptions")
+    output = given.build("stores.product", "ProductOptions")
+    jobs.chosen_heads(options.head)
+    if not arguments:
+        raise UsageError(f"name a task, such as `mefem probe bmi`{_labels_hint(options.store)}")
+    if output.out and not output.overwrite:
+        product.refuse_existing(Path(output.out), overwrite=False)
+
+    stores = jobs.open_stores(_paths(options.store))
+    job = jobs.Job.prepare(stores, arguments, options, output.seed, output.limit)
+    head_options = {head: given.build(f"probes.{head}") for head, _ in job.pairs}
+    for name in [*given.unused, *(["resume"] if output.resume else [])]:
+        console.warn(f"--{name.replace('_', '-')} has no effect here")
+    for note in job.notes:
+        console.warn(note)
+    if output.dry_run:
+        _print_plan(job)
+        return
+    with console.progress("probe", job.num_fits) as bar:
+        results = job.run(head_options, after_fold=lambda fitted: bar.advance(status=fitted))
+    _print_results(results)
+    if output.out:
+        _save(Path(output.out), job, results, output)
+
+
+def _labels_hint(stores: list[str]) -> str:
+    from pathlib import Path
+
+    from mefem_cli.evaluation.labels import known_names
+    from mefem_cli.stores.features import FeatureStore
+
+    path = Path(stores[0] if stores else DEFAULT_STORE)
+    if not path.is_file():
+        return ""
+    with FeatureStore.open(path) as store:
+        return known_names("", store.labels)
+
+
+def _paths(given: list[str]) -> list[Path]:
+    from pathlib import Path
+
+    from mefem_cli import console
+
+    if given:
+        return [Path(one) for one in given]
+    if console.stdin_is_pipe():
+        return [console.read_pipe("a feature store")]
+    return [Path(DEFAULT_STORE)]
+
+
+def _print_plan(job: Job) -> None:
+    from mefem_cli import console
+    from mefem_cli.evaluation import report
+
+    if console.wants_json():
+        for row in report.plan(job):
+            console.emit(row)
+    else:
+        console.table(report.plan_table(job))
+
+
+def _print_results(results: Results) -> None:
+    from mefem_cli import console
+    from mefem_cli.evaluation import report
+
+    for note in results.notes:
+        console.note(note)
+    if console.wants_json():
+        for row in report.rows(results):
+            console.emit(row)
+    else:
+        for number, table in enumerate(report.tables(results)):
+            if number:
+                print()
+            console.table(table)
+
+
+def _save(folder: Path, job: Job, results: Results, output: ProductOptions) -> None:
+    from dataclasses import asdict
+
+    from mefem_cli import console
+    from mefem_cli.evaluation import report
+    from mefem_cli.stores import product
+
+    inputs = {str(store.path.absolute()): store.sha256 for store in job.stores}
+    record = product.provenance(asdict(job.options), inputs, output.seed, job.options.device)
+    product.refuse_existing(folder, output.overwrite)
+    report.save(folder, results, {**record, "models": [store.provenance.get("model") for store in job.stores]})
+    console.note(f"wrote {folder}: scores.json, predictions.parquet, provenance.json")
