@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mefem_cli import parts, probes
-from mefem_cli.errors import NoInputError, UsageError, did_you_mean
+from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.evaluation import bootstrap, labels, metrics
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.folds import assign_folds, join_rows, strata
@@ -51,8 +51,7 @@ class ProbeOptions:
         if self.bootstraps < 100:
             raise UsageError(f"--bootstraps {self.bootstraps}: wanted a whole number from 100")
         if self.kind is not None and self.kind not in labels.KINDS:
-            hint = did_you_mean(self.kind, labels.KINDS)
-            raise UsageError(f"--kind {self.kind}: wanted {' or '.join(labels.KINDS)}{hint}")
+            raise UsageError(f"--kind {self.kind}: wanted {' or '.join(labels.KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def prepare(
         if not len(used):
             raise NoInputError(f"task {task}: none of the faces to use has a usable label")
     rows, values = target.rows[used], target.values[used]
-    group = np.unique(group[rows], return_inverse=True)[1]
+    group = _numbered_by_appearance(group[rows])
     _refuse_too_few(target, values, group, options.folds)
     row_strata = strata(values, bool(target.classes), options.folds)
     fold = assign_folds(group, row_strata, options.folds, [seed, 0])
@@ -184,6 +183,12 @@ def _groups(store: FeatureStore, name: str | None) -> tuple[np.ndarray, tuple[st
     return group, tuple(notes)
 
 
+def _numbered_by_appearance(group: np.ndarray) -> np.ndarray:
+    """Return groups numbered in the order of their first rows, so that folds do not depend on where rows are stored."""
+    _, first_row, index = np.unique(group, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first_row))[index]
+
+
 def _refuse_too_few(target: labels.Target, values: np.ndarray, group: np.ndarray, num_folds: int) -> None:
     num_groups = len(np.unique(group))
     if num_groups < num_folds:
@@ -197,8 +202,8 @@ def _refuse_too_few(target: labels.Target, values: np.ndarray, group: np.ndarray
         count = len(np.unique(group[values == index]))
         if count < num_folds:
             raise UsageError(
-                f'task {target.task}: class "{name:.40}" has {count} groups, fewer than the {num_folds} folds; '
-                "empty it in the labels" + (f" or type --folds {count}" if count > 1 else "")
+                f'task {target.task}: class "{name:.40}" has {count} group{"s" * (count != 1)}, fewer than the '
+                f"{num_folds} folds; empty it in the labels" + (f" or type --folds {count}" if count > 1 else "")
             )
 
 

@@ -66,7 +66,8 @@ class Job:
         for column in options.by:
             _column(stores[0], column)
         pairs = choose_pairs(stores, options.head, options.features)
-        notes: list[str] = []
+        left_out = set(chosen_heads(options.head)) - {head for head, _ in pairs}
+        notes = [f"head {head} left out: its features are not stored or not asked for" for head in sorted(left_out)]
         problems = [_on_shared_faces(stores, task, options, seed, limit, notes) for task in dict.fromkeys(tasks)]
         found = [note for several in problems for problem in several for note in problem.notes]
         return cls(stores, problems, pairs, options, seed, list(dict.fromkeys([*notes, *found])))
@@ -153,7 +154,7 @@ def choose_pairs(stores: list[FeatureStore], head: str, features: str | None) ->
     A head asked for by name must fit: UsageError (it never takes such features) or NoInputError (they are not stored).
     `all` and the default leave out heads that do not fit, but for one.
     """
-    allowed = {name: tuple(parts.load("probes", name).FEATURES) for name in _candidates(stores, head)}
+    allowed = {name: tuple(parts.load("probes", name).FEATURES) for name in _candidates(stores, head, features)}
     known = sorted({one for several in allowed.values() for one in several})
     takers = [name for name in allowed if features is None or features in allowed[name]]
     strict = chosen_heads(head) and head != "all"
@@ -175,11 +176,11 @@ def choose_pairs(stores: list[FeatureStore], head: str, features: str | None) ->
     return pairs
 
 
-def _candidates(stores: list[FeatureStore], head: str) -> list[str]:
+def _candidates(stores: list[FeatureStore], head: str, features: str | None) -> list[str]:
     if named := chosen_heads(head):
         return named
-    has_patches = all(store.has("patches") for store in stores)
-    return list(DEFAULT_HEADS_WITH_PATCHES if has_patches else DEFAULT_HEADS)
+    wants_patches = features is not None or all(store.has("patches") for store in stores)
+    return list(DEFAULT_HEADS_WITH_PATCHES if wants_patches else DEFAULT_HEADS)
 
 
 def open_stores(paths: list[Path]) -> list[FeatureStore]:

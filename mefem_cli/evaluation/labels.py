@@ -128,4 +128,5 @@ def _refuse_useless(task: str, values: np.ndarray, made: Values) -> None:
         reason = "; ".join(made.notes) or "every cell is empty"
         raise NoInputError(f"task {task}: no face has a usable label ({reason})")
     if len(np.unique(values)) == 1:
-        raise NoInputError(f"task {task}: the label is {values[0]!s:.40} for all {len(values)} faces; it must vary")
+        value = f"{values[0]:g}" if isinstance(values[0], float) else f"{values[0]!s:.40}"
+        raise NoInputError(f"task {task}: the label is {value} for all {len(values)} faces; it must vary")

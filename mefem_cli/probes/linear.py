@@ -83,7 +83,7 @@ def logistic_path(
     if len(present) == 1:
         return [np.eye(num_classes)[np.full(len(test_x), present[0])] for _ in strengths]
     train, test = standardise(train_x, test_x)
-    model = LogisticRegression(max_iter=300, tol=1e-3, warm_start=True)
+    model = LogisticRegression(max_iter=300, warm_start=True)
     path = []
     for strength in strengths:
         model.set_params(C=strength)

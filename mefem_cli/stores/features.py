@@ -338,8 +338,9 @@ def _check(path: Path, file: h5py.File) -> None:
         )
     if not file.attrs.get("complete", False):
         raise NoInputError(f"{path} is incomplete; {MAKE_ANEW}")
-    datasets = ["id", *(kind for kind in KINDS if kind in file)]
+    kinds = [kind for kind in KINDS if kind in file]
+    datasets = ["id", *kinds]
     datasets += [f"{group}/{name}" for group in ("labels", "meta") for name in file.get(group, {})]
     num_rows = {len(file[name]) if name in file else -1 for name in datasets}
-    if len(datasets) < 2 or len(num_rows) != 1:
+    if not kinds or len(num_rows) != 1:
         raise NoInputError(f"{path}: its columns differ in length or are missing; {MAKE_ANEW}")

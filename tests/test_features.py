@@ -1,0 +1,206 @@
+"""The feature store: what is written is read back, and whatever is no complete store of ours is refused in one line."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mefem_cli.errors import MefemError, NoInputError, OutputError, UsageError
+from mefem_cli.stores.features import FeatureStore, FeatureWriter
+
+WIDTH, PATCHES = 8, 3
+PROVENANCE = {"model": {"name": "tiny", "sha256": "ab"}, "command": ["mefem", "embed", "x" * 100_000]}
+
+
+def write(path: Path, ids=("a", "b", "ü"), labels=None, meta=None, dtype="float16", **kinds) -> dict[str, np.ndarray]:
+    """Write a store in runs of two rows and return its features."""
+    rng = np.random.default_rng(0)
+    num_patches = PATCHES if kinds.get("patches", True) else 0
+    features = {"cls": rng.normal(size=(len(ids), WIDTH)), "mean": rng.normal(size=(len(ids), WIDTH))}
+    if num_patches:
+        features["patches"] = rng.normal(size=(len(ids), PATCHES, WIDTH))
+    with FeatureWriter(path, PROVENANCE, WIDTH, dtype, num_patches) as writer:
+        for begin in range(0, len(ids), 2):
+            rows = slice(begin, begin + 2)
+            writer.append(list(ids[rows]), **{kind: values[rows] for kind, values in features.items()})
+        writer.finish(labels or {}, meta or {})
+    return features
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "features.h5"
+
+
+def test_round_trip(path):
+    labels = {
+        "age": np.array([31, 58, 7]),
+        "bmi": np.array([21.5, None, 30], dtype=object),
+        "sex/gender 100%": np.array(["f", None, "männlich"], dtype=object),
+        ".": np.array([True, False, True]),
+    }
+    meta = {"source": np.array(["x.jpg", "bad\udcff.jpg", ""], dtype=object), "width": np.array([1, 2, 3])}
+    features = write(path, labels=labels, meta=meta)
+    with FeatureStore.open(path) as store:
+        assert len(store) == 3
+        assert list(store.ids) == ["a", "b", "ü"]
+        for kind, values in features.items():
+            assert store.has(kind)
+            assert store.read(kind).dtype == np.float32
+            np.testing.assert_array_equal(store.read(kind), values.astype(np.float16).astype(np.float32))
+            np.testing.assert_array_equal(np.concatenate([*store.iter_batches(kind, 2)]), store.read(kind))
+        assert set(store.labels) == set(labels)
+        np.testing.assert_array_equal(store.labels["age"], [31.0, 58.0, 7.0])
+        np.testing.assert_array_equal(store.labels["bmi"], [21.5, np.nan, 30])
+        assert list(store.labels["sex/gender 100%"]) == ["f", "", "männlich"]
+        assert list(store.labels["."]) == [1.0, 0.0, 1.0]
+        assert list(store.meta["source"]) == ["x.jpg", "bad\udcff.jpg", ""]
+        assert store.meta["width"].dtype.kind == "i"
+        assert (store.embed_dim, store.num_patches, store.dtype) == (WIDTH, PATCHES, "float16")
+        assert (store.model_name, store.model_sha256) == ("tiny", "ab")
+        assert store.provenance == PROVENANCE
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20))
+def test_any_label_name_travels(tmp_path_factory, name):
+    path = tmp_path_factory.mktemp("names") / "features.h5"
+    write(path, labels={name: np.array([1.0, 2.0, 3.0])})
+    with FeatureStore.open(path) as store:
+        assert list(store.labels) == [name]
+        assert list(store.labels[name]) == [1.0, 2.0, 3.0]
+
+
+def test_layout_is_the_documented_one(path):
+    write(path, labels={"a/b": np.array(["x", "y", "z"], dtype=object)})
+    with h5py.File(path) as file:
+        assert (file.attrs["format"], file.attrs["version"], file.attrs["complete"]) == ("mefem-features", 1, True)
+        assert file["patches"].chunks == (1, PATCHES, WIDTH)
+        assert file["cls"].dtype == file["patches"].dtype == np.float16
+        assert file["cls"].compression is None
+        assert list(file["labels"]) == ["a%2Fb"]
+        for name in ("id", "labels/a%2Fb"):
+            assert h5py.check_string_dtype(file[name].dtype).encoding == "utf-8"
+
+
+def test_without_patches_or_mean(path):
+    with FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a"], cls=np.ones((1, WIDTH)))
+        writer.finish({}, {})
+    with FeatureStore.open(path) as store:
+        assert (store.has("cls"), store.has("mean"), store.has("patches"), store.num_patches) == (True, False, False, 0)
+        assert store.model_name == "features"
+
+
+def test_old_rows_and_new_ones_make_a_new_store(path, tmp_path):
+    old = write(path)
+    grown = tmp_path / "grown.h5"
+    with FeatureStore.open(path) as store, FeatureWriter(grown, {}, WIDTH, num_patches=PATCHES) as writer:
+        store.copy_rows_into(writer, keep=np.array([True, False, True]), batch_size=2)
+        ones = np.ones((1, WIDTH))
+        writer.append(["new"], ones, ones, np.ones((1, PATCHES, WIDTH)))
+        writer.finish({}, {})
+    with FeatureStore.open(grown) as store:
+        assert list(store.ids) == ["a", "ü", "new"]
+        np.testing.assert_array_equal(store.read("patches")[:2], old["patches"][[0, 2]].astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [(1e5, OutputError, "crop b: .*1e\\+05.*--dtype float32"), (np.nan, NoInputError, "crop b: .*not finite")],
+)
+def test_values_that_cannot_be_stored_name_the_crop(path, value, error, words):
+    values = np.ones((2, WIDTH))
+    values[1, 3] = value
+    with pytest.raises(error, match=words), FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a", "b"], cls=values)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_float32_holds_what_float16_cannot(path):
+    with FeatureWriter(path, {}, WIDTH, dtype="float32", has_mean=False) as writer:
+        writer.append(["a"], cls=np.full((1, WIDTH), 1e5))
+        writer.finish({}, {})
+    assert FeatureStore.open(path).read("cls").max() == np.float32(1e5)
+
+
+def test_an_unfinished_store_leaves_the_old_one(path):
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a"], cls=np.ones((1, WIDTH)))
+        raise KeyboardInterrupt
+    with pytest.raises(AssertionError), FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a"], cls=np.ones((1, WIDTH)))  # finish() forgotten
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_rows_that_do_not_match_are_our_mistake(path):
+    with pytest.raises(AssertionError, match="age"), FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a"], cls=np.ones((1, WIDTH)))
+        writer.finish({"age": np.array([1.0, 2.0])}, {})
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _edit(path, change):
+    with h5py.File(path, "a") as file:
+        change(file)
+
+
+def _shorten(file):
+    del file["labels/age"]
+    file["labels/age"] = np.ones(2)
+
+
+def _folder(path, name):
+    path.unlink()
+    path.mkdir()
+    (path / name).touch()
+
+
+BAD_STORES = {
+    "absent": (lambda path: path.unlink(), NoInputError, "does not exist.*mefem embed"),
+    "empty": (lambda path: path.write_bytes(b""), NoInputError, "is empty"),
+    "text": (lambda path: path.write_text("<html>"), NoInputError, "not an HDF5 file"),
+    "cut short": (_cut, NoInputError, "cut short"),
+    "foreign": (lambda path: _edit(path, lambda f: f.attrs.pop("format")), NoInputError, "not a feature store"),
+    "newer": (lambda path: _edit(path, lambda f: f.attrs.update(version=2)), UsageError, "newer mefem.*upgrade"),
+    "incomplete": (lambda path: _edit(path, lambda f: f.attrs.pop("complete")), NoInputError, "incomplete"),
+    "no ids": (lambda path: _edit(path, lambda f: f.pop("id")), NoInputError, "missing"),
+    "no features": (
+        lambda p: _edit(p, lambda f: [f.pop(k) for k in ("cls", "mean", "patches")]),
+        NoInputError,
+        "missing",
+    ),
+    "short label": (lambda path: _edit(path, _shorten), NoInputError, "differ in length"),
+    "crops": (lambda path: _folder(path, "manifest.parquet"), NoInputError, "crops folder.*mefem embed"),
+    "run": (lambda path: _folder(path, "config.yaml"), NoInputError, "run folder.*mefem embed"),
+    "folder": (lambda path: _folder(path, "x"), NoInputError, "is a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STORES)
+def test_bad_stores_are_one_line(path, name):
+    damage, error, words = BAD_STORES[name]
+    write(path, labels={"age": np.array([1.0, 2.0, 3.0])})
+    damage(path)
+    with pytest.raises(error, match=words) as caught:
+        FeatureStore.open(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_store_cut_anywhere_never_opens(path):
+    write(path, labels={"age": np.array([1.0, 2.0, 3.0])})
+    whole = path.read_bytes()
+    for size in range(1, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(MefemError):
+            FeatureStore.open(path)
