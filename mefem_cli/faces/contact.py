@@ -56,7 +56,7 @@ def page(out: Path, rows: pa.Table, max_pixels: int) -> str:
         body.append(html.tiles(_crops(out, rows)))
     if reasons:
         body.append(KEY)
-    for reason, count in sorted(reasons.items()):
+    for reason, count in reasons.most_common():
         body.append(html.heading(f"{reason} ({_shown(count, NUM_REJECTS)})"))
         body.append(html.paragraph(REASONS_IN_WORDS[reason]))
         body += _rejects(_spread(rows.filter(pc.equal(rows["reason"], reason)), NUM_REJECTS), max_pixels)

@@ -126,19 +126,21 @@ def _cut(pixels: np.ndarray, square: Square, face: Detection | None, rank: int, 
         share = geometry.outside_fraction(square, width, height)
         detail = f"padded by {options.pad}: {share:.1%} of the crop is invented"
     if square.side < options.min_size:
-        return Face("small", f"the square is {square.side:g} px, wanted {options.min_size}", rank, face, square)
+        detail = f"the square is {round(square.side, 2):g} px, wanted {options.min_size}"
+        return Face("small", detail, rank, face, square)
     pad: Literal["reflect", "edge"] = "reflect" if options.pad == "reflect" else "edge"
     return Face("", detail, rank, face, square, geometry.resample(pixels, square, options.size, pad))
 
 
 def _where_it_leaves(square: Square, width: int, height: int) -> str:
     beyond = {
-        "left": -square.x,
-        "top": -square.y,
-        "right": square.x + square.side - width,
-        "bottom": square.y + square.side - height,
+        "on the left": -square.x,
+        "at the top": -square.y,
+        "on the right": square.x + square.side - width,
+        "at the bottom": square.y + square.side - height,
     }
-    return "the square leaves the picture by " + ", ".join(f"{by:g} px {side}" for side, by in beyond.items() if by > 0)
+    parts = [f"{round(by, 2):g} px {where}" for where, by in beyond.items() if by > 0]
+    return f"the square leaves the picture: {', '.join(parts)}"
 
 
 class Cropper:

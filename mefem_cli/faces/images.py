@@ -62,7 +62,7 @@ def decode(content: bytes, max_pixels: int) -> Picture:
     """
     if not content:
         raise ImageRejected(UNREADABLE, "the file is empty")
-    with _strict_pillow(max_pixels):
+    with _strict_pillow():
         try:
             return _decode(content, max_pixels)
         except ImageRejected:
@@ -76,10 +76,10 @@ def decode(content: bytes, max_pixels: int) -> Picture:
 
 
 @contextmanager
-def _strict_pillow(max_pixels: int) -> Iterator[None]:
-    """Silence Pillow's warnings, and make it refuse frames inside a file that are larger than the file's own limit."""
+def _strict_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings for the block, and give its limit on pixels back afterwards."""
     limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,6 +94,7 @@ def _decode(content: bytes, max_pixels: int) -> Picture:
         if image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height} px"
             raise ImageRejected(TOO_LARGE, f"{size}; --max-pixels is {max_pixels}", image.width, image.height)
+        Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside the file that its header does not tell of
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode == "RGB"
         pixels = _decode_plain_jpeg(content) if is_plain_jpeg else None
         if pixels is None:
@@ -102,10 +103,11 @@ def _decode(content: bytes, max_pixels: int) -> Picture:
         profile = image.info.get("icc_profile")
         flat = _flatten(image) if pixels is None else None
     transform, remark = _to_srgb(profile, "RGB" if flat is None else flat.mode)
+    if flat is None and transform is not None:
+        assert pixels is not None
+        flat = Image.fromarray(pixels)
     if flat is not None:
         pixels = np.asarray(flat.convert("RGB") if transform is None else transform.apply(flat))
-    elif transform is not None:
-        pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
     assert pixels is not None
     return Picture(np.ascontiguousarray(turn_upright(pixels, orientation)), remark)
 

@@ -154,8 +154,8 @@ class _Finder:
         for source in self._walk(folder, name, wanted):
             found = True
             yield source
-        if not found and not self.listing.skipped:
-            raise NoInputError(f"nothing matches {printable(pattern)}")
+        if not found:
+            raise NoInputError(f"no image matches {printable(pattern)}")
 
     def _walk(self, folder: str, name: str, wanted: re.Pattern[str] | None = None) -> Iterator[Source]:
         """Yield the pictures below a folder, sorted by the bytes of their names, depth first."""

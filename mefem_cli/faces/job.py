@@ -85,6 +85,7 @@ def crop(arguments: list[str], options: CropOptions, product_options: ProductOpt
     begun = time.monotonic()
     out = Path(product_options.out or DEFAULT_OUT)
     listing = find_sources(arguments, out, product_options.limit)
+    tell_about_listing(listing, options)
     check_output(out, product_options.overwrite)
     if product_options.overwrite and out.is_dir():
         shutil.rmtree(out)
@@ -111,13 +112,22 @@ def find_sources(arguments: list[str], out: Path, limit: int | None) -> Listing:
         raise UsageError(f"--limit {limit}: wanted 1 or more")
     listing = list_sources(arguments, out, limit)
     if not listing.sources:
-        skipped = f" (skipped: {_counted(listing.skipped)})" if listing.skipped else ""
+        skipped = f" (skipped: {counted(listing.skipped)})" if listing.skipped else ""
         raise NoInputError(f"no images found in {', '.join(map(printable, arguments))}{skipped}")
     real_out = os.path.realpath(out)
     for source in listing.sources:
         if os.path.realpath(source.path).startswith(real_out + os.sep):
             raise UsageError(f"{printable(source.path)} lies in the output {out}; name another --out")
     return listing
+
+
+def tell_about_listing(listing: Listing, options: CropOptions) -> None:
+    """Say on stderr what was skipped, and that a table of labels lies there unused."""
+    if listing.skipped:
+        console.note(f"skipped, as no images: {counted(listing.skipped)}")
+    if options.labels is None:
+        for table in listing.label_tables:
+            console.note(f"{printable(table)} is not used; --labels {printable(table)} would join it")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -322,7 +332,7 @@ def _remove_stale_crops(out: Path, rows: pa.Table, journal: Journal) -> None:
 
 def _refuse_too_few(report: CropReport, options: CropOptions) -> None:
     num_rejects = sum(report.rejects.values())
-    reasons = _counted(report.rejects)
+    reasons = counted(report.rejects)
     if not report.crops:
         raise NoInputError(f"no usable face: {reasons}; {report.out / CONTACT} shows them")
     if options.too_many(num_rejects, num_rejects + report.crops):
@@ -332,6 +342,6 @@ def _refuse_too_few(report: CropReport, options: CropOptions) -> None:
         )
 
 
-def _counted(counts: Counter[str] | dict[str, int]) -> str:
+def counted(counts: Counter[str] | dict[str, int]) -> str:
     """Return `3 border, 1 small`, the largest first."""
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))

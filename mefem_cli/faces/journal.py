@@ -89,10 +89,15 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second run out of the folder; the lock ends with the process, however it ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("w") as file:
+        out = self.folder.parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written: {error.strerror}; name another --out") from error
+        with file:
             if not _lock(file):
-                raise OutputError(f"another mefem crop is at work in {self.folder.parent}; wait or name another --out")
+                raise OutputError(f"another mefem crop is at work in {out}; wait or name another --out")
             yield
 
 

@@ -29,6 +29,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
     """Return what `job.crop` would do with the same arguments. Raises the same errors for bad input and output."""
     out = Path(product_options.out or job.DEFAULT_OUT)
     listing = job.find_sources(arguments, out, product_options.limit)
+    job.tell_about_listing(listing, options)
     job.check_output(out, product_options.overwrite)
     known = {} if product_options.overwrite else known_sources(Journal(out).read())
     if not product_options.overwrite:

@@ -1,0 +1,16 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test pictures beside the checkout; it never enters the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"there are no test pictures in {folder}")
+    return folder
