@@ -156,6 +156,8 @@ def main() -> None:
     """Run the program: exit codes as in the docs, one line for what a user can mend."""
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
+        if code == INTERRUPTED:  # Typer makes a silent exit code of Ctrl-C
+            raise KeyboardInterrupt
     except MefemError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
