@@ -159,6 +159,11 @@ def _shorten(file):
     file["labels/age"] = np.ones(2)
 
 
+def _drop_features(file):
+    for kind in ("cls", "mean", "patches"):
+        del file[kind]
+
+
 def _folder(path, name):
     path.unlink()
     path.mkdir()
@@ -174,11 +179,7 @@ BAD_STORES = {
     "newer": (lambda path: _edit(path, lambda f: f.attrs.update(version=2)), UsageError, "newer mefem.*upgrade"),
     "incomplete": (lambda path: _edit(path, lambda f: f.attrs.pop("complete")), NoInputError, "incomplete"),
     "no ids": (lambda path: _edit(path, lambda f: f.pop("id")), NoInputError, "missing"),
-    "no features": (
-        lambda p: _edit(p, lambda f: [f.pop(k) for k in ("cls", "mean", "patches")]),
-        NoInputError,
-        "missing",
-    ),
+    "no features": (lambda path: _edit(path, _drop_features), NoInputError, "missing"),
     "short label": (lambda path: _edit(path, _shorten), NoInputError, "differ in length"),
     "crops": (lambda path: _folder(path, "manifest.parquet"), NoInputError, "crops folder.*mefem embed"),
     "run": (lambda path: _folder(path, "config.yaml"), NoInputError, "run folder.*mefem embed"),

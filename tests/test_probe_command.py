@@ -14,6 +14,7 @@ import pytest
 from mefem_cli.evaluation.evaluate import ProbeOptions
 from mefem_cli.evaluation.job import Job, choose_pairs
 from mefem_cli.evaluation.report import rows
+from mefem_cli.main import main
 from mefem_cli.stores.features import FeatureStore, FeatureWriter
 
 FACES = 120
@@ -55,6 +56,21 @@ def probe(folder: Path, *words: str, stdin: str | None = None) -> subprocess.Com
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **source)
 
 
+@pytest.fixture
+def here(folder, monkeypatch, capsys):
+    """Return a function that runs `mefem probe` in this process: its exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("mefem_cli.console.stdin_is_pipe", lambda: False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mefem", "probe", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
 def test_table_is_the_only_output(folder):
     before = sorted(folder.iterdir())
     done = probe(folder, "bmi", "sex", "--head", "linear,knn", "--bootstraps", "200")
@@ -67,19 +83,8 @@ def test_table_is_the_only_output(folder):
 
 
 def test_json_rows_and_the_paired_difference(folder):
-    options = (
-        "--store",
-        "features.h5",
-        "--store",
-        "noisy.h5",
-        "--head",
-        "linear",
-        "--by",
-        "sex",
-        "--bootstraps",
-        "200",
-    )
-    done = probe(folder, "bmi", *options, "--json")
+    stores = ("--store", "features.h5", "--store", "noisy.h5")
+    done = probe(folder, "bmi", *stores, "--head", "linear", "--by", "sex", "--bootstraps", "200", "--json")
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["row"] for row in found] == ["score"] * 2 + ["subgroup"] * 4 + ["difference"]
@@ -109,7 +114,7 @@ def test_out_holds_scores_and_out_of_fold_predictions(folder, tmp_path):
     assert [row["task"] for row in scores] == ["bmi", "sex"]
     assert len(scores[0]["chosen"]) == 5
     table = pyarrow.parquet.read_table(out / "predictions.parquet").to_pydict()
-    assert set(["id", "task", "head", "features", "target", "prediction", "fold"]) <= set(table)
+    assert {"id", "task", "head", "features", "target", "prediction", "fold"} <= set(table)
     bmi = np.array([table["task"][row] == "bmi" for row in range(2 * FACES)])
     target, prediction = np.array(table["target"])[bmi], np.array(table["prediction"])[bmi]
     r2 = 1 - ((target - prediction) ** 2).sum() / ((target - target.mean()) ** 2).sum()
@@ -177,19 +182,23 @@ def test_a_pipe_without_a_store_is_exit_3(folder, tmp_path, stdin, words):
         (["sex", "--bootstraps", "5"], 2, "--bootstraps 5"),
     ],
 )
-def test_errors_are_one_line_with_their_exit_code(folder, words, code, message):
-    done = probe(folder, *words)
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert message in done.stderr
+def test_errors_are_one_line_with_their_exit_code(here, words, code, message):
+    found, stdout, stderr = here(*words)
+    assert (found, stdout) == (code, ""), stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert message in stderr
 
 
-def test_options_without_effect_are_named(folder):
-    done = probe(folder, "sex", "--head", "linear", "--neighbors", "3", "--bootstraps", "200")
-    assert done.returncode == 0
-    assert done.stderr == "warning: --neighbors has no effect here\n"
-    quiet = probe(folder, "sex", "--head", "linear", "--neighbors", "3", "--bootstraps", "200", "-q")
-    assert (quiet.returncode, quiet.stderr) == (0, "")
+def test_a_process_ends_with_the_exit_code(folder):
+    done = probe(folder, "bmo")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith('mefem probe: there is no label "bmo"')
+
+
+def test_options_without_effect_are_named(here):
+    words = ("sex", "--head", "linear", "--neighbors", "3", "--bootstraps", "200")
+    assert here(*words)[::2] == (0, "warning: --neighbors has no effect here\n")
+    assert here(*words, "-q")[::2] == (0, "")
 
 
 def test_help_imports_nothing_heavy(folder):
