@@ -169,6 +169,18 @@ def test_broken_files_say_why(content, reason, words):
     assert "\n" not in rejected.value.detail
 
 
+def test_pillows_warnings_do_not_get_out():
+    """An EXIF block that announces five entries and has none makes Pillow warn, not us."""
+    content = encoded(smooth(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(content)).getexif()
+        assert len(heard) >= 1
+        heard.clear()
+        assert decoded(content).shape == (40, 60, 3)
+        assert heard == []
+
+
 def test_limit_itself_is_allowed_and_pillows_own_limit_returns():
     before = Image.MAX_IMAGE_PIXELS
     assert images.decode(encoded(smooth(1000, 10), "PNG"), 10_000).pixels.shape == (10, 1000, 3)

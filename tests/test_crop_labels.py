@@ -130,4 +130,4 @@ def test_labels_may_be_named_like_columns_of_the_manifest(tmp_path):
     columns = label_columns(table, key, np.array([1, -1]))
     assert list(columns) == ["label:path", "label:width", "label:id"]
     assert columns["label:path"].to_pylist() == ["r", ""]
-    np.testing.assert_array_equal(columns["label:width"].to_numpy(), [20, np.nan])
+    assert columns["label:width"].to_pylist() == [20, None]

@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -67,11 +66,9 @@ class CropReport:
 
 @dataclass
 class Plan:
-    """What is to be done: all sources found, those not known yet, and what the folder knows already."""
+    """What is to be done: all sources found, and those of them to be read."""
 
     listing: Listing
-    out: Path
-    known: dict[str, Known]
     pending: list[Source]
     num_workers: int
 
@@ -87,18 +84,19 @@ def crop(arguments: list[str], options: CropOptions, product_options: ProductOpt
     listing = find_sources(arguments, out, product_options.limit)
     tell_about_listing(listing, options)
     check_output(out, product_options.overwrite)
-    if product_options.overwrite and out.is_dir():
-        shutil.rmtree(out)
-    refuse_other_options(out, options)
+    if not product_options.overwrite:
+        refuse_other_options(out, options)
     if options.labels is not None:
         labels.read_labels(Path(options.labels), options.key)  # tell of a bad table before the work, not after it
     journal = Journal(out)
     with journal.locked():
-        plan = make_plan(listing, out, options, known_sources(journal.read()))
+        if product_options.overwrite:
+            journal.clear()
+        plan = make_plan(listing, options, known_sources(journal.read()))
         if not (out / PROVENANCE).exists():
             _write_provenance(out, options, product_options)
-        _crop_pending(plan, options, journal)
-        report = _finish(plan, options, product_options, journal)
+        _crop_pending(plan, out, options, journal)
+        report = _finish(plan, out, options, product_options, journal)
     report.seconds = time.monotonic() - begun
     _refuse_too_few(report, options)
     return report
@@ -160,7 +158,7 @@ def refuse_other_options(out: Path, options: CropOptions) -> None:
         raise OutputError(f"{out} was made with other options: {changes}; type --overwrite or name another --out")
 
 
-def make_plan(listing: Listing, out: Path, options: CropOptions, known: dict[str, Known]) -> Plan:
+def make_plan(listing: Listing, options: CropOptions, known: dict[str, Known]) -> Plan:
     """Find out which sources are new or have changed. Raises UsageError if a name now means another file."""
     pending = []
     for source in listing.sources:
@@ -168,7 +166,7 @@ def make_plan(listing: Listing, out: Path, options: CropOptions, known: dict[str
         if before is None or _needs_reading(source, before, options.retry_rejected):
             pending.append(source)
     workers = options.workers or available_cores()
-    return Plan(listing, out, known, pending, max(1, min(workers, len(pending))))
+    return Plan(listing, pending, max(1, min(workers, len(pending))))
 
 
 def _needs_reading(source: Source, before: Known, retry_rejected: bool) -> bool:
@@ -188,10 +186,10 @@ def chunks_of(plan: Plan) -> Iterator[list[Source]]:
         yield plan.pending[start : start + size]
 
 
-def _crop_pending(plan: Plan, options: CropOptions, journal: Journal) -> None:
+def _crop_pending(plan: Plan, out: Path, options: CropOptions, journal: Journal) -> None:
     if not plan.pending:
         return
-    make_task = functools.partial(Cropper, options, plan.out)
+    make_task = functools.partial(Cropper, options, out)
     tally: Counter[str] = Counter()
     with console.progress("crop", len(plan.pending)) as bar:
         for sources, results in run_chunks(make_task, chunks_of(plan), plan.num_workers):
@@ -207,20 +205,22 @@ def _rows(source: Source, result: list[Row] | Died) -> list[Row]:
     return result
 
 
-def _finish(plan: Plan, options: CropOptions, product_options: ProductOptions, journal: Journal) -> CropReport:
+def _finish(
+    plan: Plan, out: Path, options: CropOptions, product_options: ProductOptions, journal: Journal
+) -> CropReport:
     """Write what a reader sees, the manifest last; write nothing if it says all that already."""
     journaled = journal.read()
     rows, num_vanished = _in_source_order(journaled, plan.listing)
     if options.labels is not None:
-        rows = _with_labels(rows, options)
+        rows = labels.join(rows, Path(options.labels), options.key)
     _refuse_equal_ids(rows)
-    report = _report(rows, plan, num_vanished)
-    if not _is_written(plan.out, rows):
-        product.write_text(plan.out / REJECTS, _rejects_csv(rows))
-        product.write_text(plan.out / CONTACT, contact.page(plan.out, rows, options.max_pixels))
-        _write_provenance(plan.out, options, product_options, report)
-        write_manifest(plan.out, rows)
-    _remove_stale_crops(plan.out, rows, journal)
+    report = _report(out, rows, plan, num_vanished)
+    if not _is_written(out, rows):
+        product.write_text(out / REJECTS, _rejects_csv(rows))
+        product.write_text(out / CONTACT, contact.page(out, rows, options.max_pixels))
+        _write_provenance(out, options, product_options, report)
+        write_manifest(out, rows)
+    _remove_stale_crops(out, rows, journal)
     journal.join(journaled)
     return report
 
@@ -245,41 +245,6 @@ def _in_source_order(rows: pa.Table, listing: Listing) -> tuple[pa.Table, int]:
     return rows.select(SCHEMA.names), len(gone)
 
 
-def _with_labels(rows: pa.Table, options: CropOptions) -> pa.Table:
-    """Join the table of labels to the rows, and say what did not fit."""
-    assert options.labels is not None
-    table, key = labels.read_labels(Path(options.labels), options.key)
-    sources = rows["source"].to_pylist()
-    faces_of = Counter(sources)
-    distinct = list(faces_of)
-    matched = labels.match(table.texts[key], distinct)
-    row_of = {
-        source: row
-        for source, row in zip(distinct, matched.row_of_source.tolist(), strict=True)
-        if faces_of[source] == 1  # whose of several faces a label is, nobody knows
-    }
-    row_of_face = np.array([row_of.get(source, -1) for source in sources], dtype=np.int64)
-    _tell_about_labels(matched, row_of_face, faces_of, options.labels)
-    for name, column in labels.label_columns(table, key, row_of_face).items():
-        rows = rows.append_column(name, column)
-    return rows
-
-
-def _tell_about_labels(matched: labels.Match, row_of_face: np.ndarray, faces_of: Counter[str], table: str) -> None:
-    without = int((row_of_face < 0).sum())
-    several = sum(1 for count in faces_of.values() if count > 1)
-    told = [f"{(row_of_face >= 0).sum()} of {len(row_of_face)} rows labelled"]
-    if several:
-        told.append(f"{several} pictures with several faces got no labels")
-    if without:
-        told.append(f"{without} rows without labels")
-    for what, keys in (("that fit no picture", matched.unmatched), ("that fit several pictures", matched.ambiguous)):
-        if keys:
-            told.append(f'{len(keys)} rows of the table {what}, such as "{printable(keys[0])}"')
-    say = console.note if (row_of_face >= 0).any() else console.warn
-    say(f"labels from {table}: {'; '.join(told)}")
-
-
 def _refuse_equal_ids(rows: pa.Table) -> None:
     ids = rows["id"].to_pylist()
     if len(set(ids)) < len(ids):
@@ -297,11 +262,11 @@ def _is_written(out: Path, rows: pa.Table) -> bool:
         return False
 
 
-def _report(rows: pa.Table, plan: Plan, num_vanished: int) -> CropReport:
+def _report(out: Path, rows: pa.Table, plan: Plan, num_vanished: int) -> CropReport:
     counts = Counter(rows["reason"].to_pylist())
     num_crops = counts.pop("", 0)
     rejects = dict(counts.most_common())
-    return CropReport(plan.out, num_crops, rejects, len(plan.pending), num_vanished, dict(plan.listing.skipped))
+    return CropReport(out, num_crops, rejects, len(plan.pending), num_vanished, dict(plan.listing.skipped))
 
 
 def _rejects_csv(rows: pa.Table) -> str:
@@ -318,7 +283,8 @@ def _write_provenance(
 ) -> None:
     """Record how the folder is made: at the start, for a rerun after a kill to compare, and at the end with counts."""
     resolved = {**options.recipe, "labels": options.labels, "key": options.key, "limit": product_options.limit}
-    inputs = {} if options.labels is None else {options.labels: product.file_sha256(Path(options.labels))}
+    table = None if options.labels is None else Path(options.labels).absolute()
+    inputs = {} if table is None else {str(table): product.file_sha256(table)}
     record = product.provenance(resolved, inputs, product_options.seed)
     counts = {} if report is None else {"crops": report.crops, "rejects": report.rejects}
     product.write_json(out / PROVENANCE, {**record, **counts})

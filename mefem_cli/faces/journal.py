@@ -7,6 +7,7 @@ sources, without the journal's own columns.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ class Journal:
         """Return the crops of all parts, also of rows that no longer count."""
         parts = self.parts()
         return {path for part in parts for path in pq.read_table(part, columns=["path"])["path"].to_pylist() if path}
+
+    def clear(self) -> None:
+        """Empty the crops folder, but for the lock."""
+        for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
+            if path.is_dir() and not path.is_symlink() and path != self.folder:
+                shutil.rmtree(path)
+            elif path != self.folder and path.name != LOCK:
+                path.unlink()
 
     def append(self, rows: list[Row]) -> None:
         """Write one finished chunk."""

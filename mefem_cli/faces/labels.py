@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
+from mefem_cli import console
 from mefem_cli.errors import UsageError, did_you_mean
+from mefem_cli.faces.inputs import printable
 from mefem_cli.stores.crops import LABEL
 from mefem_cli.stores.tables import Table, read_table
 
@@ -42,6 +44,40 @@ def read_labels(path: Path, key: str | None) -> tuple[Table, str]:
         which = f'{len(repeated)} keys, the first is "{repeated[0]}"'
         raise UsageError(f'{path}: keys in column "{key}" must be distinct, but twice or more there are {which}')
     return table, key
+
+
+def join(rows: pa.Table, path: Path, key: str | None) -> pa.Table:
+    """Return the rows of a manifest with the table's columns as labels, and say on stderr what did not fit.
+
+    A picture with several faces gets none: whose labels they are, nobody knows.
+    """
+    table, key = read_labels(path, key)
+    sources = rows["source"].to_pylist()
+    num_faces = Counter(sources)
+    distinct = list(num_faces)
+    matched = match(table.texts[key], distinct)
+    row_of = {
+        source: row
+        for source, row in zip(distinct, matched.row_of_source.tolist(), strict=True)
+        if num_faces[source] == 1
+    }
+    row_of_face = np.array([row_of.get(source, -1) for source in sources], dtype=np.int64)
+    _tell(path, matched, row_of_face, sum(count > 1 for count in num_faces.values()))
+    for name, column in label_columns(table, key, row_of_face).items():
+        rows = rows.append_column(name, column)
+    return rows
+
+
+def _tell(path: Path, matched: Match, row_of_face: np.ndarray, num_crowded: int) -> None:
+    num_labelled = int((row_of_face >= 0).sum())
+    told = [f"{num_labelled} of {len(row_of_face)} rows of the manifest have labels"]
+    if num_crowded:
+        told.append(f"{num_crowded} pictures with several faces get none")
+    for what, keys in (("no picture", matched.unmatched), ("several pictures", matched.ambiguous)):
+        if keys:
+            told.append(f'{len(keys)} rows of the table fit {what}, the first is "{printable(keys[0])}"')
+    say = console.note if num_labelled else console.warn
+    say(f"labels from {path}: {'; '.join(told)}")
 
 
 def match(keys: list[str], sources: list[str]) -> Match:
@@ -103,7 +139,7 @@ def label_columns(table: Table, key: str, row_of_face: np.ndarray) -> dict[str, 
         if name in table.numeric:
             taken = np.full(len(row_of_face), np.nan)
             taken[has_row] = values[row_of_face[has_row]]
-            columns[LABEL + name] = pa.array(taken, pa.float64())
+            columns[LABEL + name] = pa.array(taken, pa.float64(), from_pandas=True)  # NaN becomes null
         else:
             texts = [values[row] if row >= 0 else "" for row in row_of_face.tolist()]
             columns[LABEL + name] = pa.array(texts, pa.string())

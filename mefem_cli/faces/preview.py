@@ -36,7 +36,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
         job.refuse_other_options(out, options)
     if options.labels is not None:
         labels.read_labels(Path(options.labels), options.key)
-    plan = job.make_plan(listing, out, options, known)
+    plan = job.make_plan(listing, options, known)
     kinds = Counter(os.path.splitext(source.path)[1].lower() or "no suffix" for source in listing.sources)
     return {
         "out": str(out.absolute()),
