@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from mefem_cli.evaluation.evaluate import ProbeOptions
-from mefem_cli.evaluation.job import Job, choose_pairs
+from mefem_cli.evaluation.heads import choose_pairs
+from mefem_cli.evaluation.job import Job
 from mefem_cli.evaluation.report import rows
 from mefem_cli.main import main
 from mefem_cli.stores.features import FeatureStore, FeatureWriter
@@ -20,7 +21,8 @@ from mefem_cli.stores.features import FeatureStore, FeatureWriter
 FACES = 120
 
 
-def write_store(path: Path, noise: float, patches: int = 0) -> Path:
+def write_store(path: Path, noise: float, patches: int = 0, first: int = 0) -> Path:
+    """Write a store of 60 people with two faces each; the faces before `first` are left out."""
     rng = np.random.default_rng(0)
     hidden = np.repeat(rng.normal(size=(FACES // 2, 3)), 2, axis=0)
     features = np.concatenate([hidden + noise * rng.normal(size=hidden.shape), rng.normal(size=(FACES, 5))], axis=1)
@@ -34,9 +36,9 @@ def write_store(path: Path, noise: float, patches: int = 0) -> Path:
     }
     tokens = features[:, None] + rng.normal(size=(FACES, max(patches, 1), 8))
     with FeatureWriter(path, {"model": {"name": path.stem}}, 8, num_patches=patches) as writer:
-        ids = [f"{row:04x}" for row in range(FACES)]
-        writer.append(ids, features, features, tokens if patches else None)
-        writer.finish(labels, {})
+        ids = [f"{row:04x}" for row in range(first, FACES)]
+        writer.append(ids, features[first:], features[first:], tokens[first:] if patches else None)
+        writer.finish({name: values[first:] for name, values in labels.items()}, {})
     return path
 
 
@@ -228,7 +230,17 @@ def test_heads_and_features_by_default(folder):
         assert choose_pairs([plain], "all", None) == everything[1:]
 
 
-def test_limit_and_shared_faces(folder):
+def test_two_stores_are_compared_on_the_faces_of_both(folder, tmp_path):
+    later = write_store(tmp_path / "later.h5", noise=1.0, first=10)
+    with FeatureStore.open(folder / "features.h5") as first, FeatureStore.open(later) as second:
+        job = Job.prepare([first, second], ["bmi"], ProbeOptions(head="linear", bootstraps=200))
+        found = rows(job.run())
+    assert [row["n"] for row in found] == [FACES - 10] * 3
+    assert "10 faces that not all stores have" in job.notes[0]
+    np.testing.assert_array_equal(job.problems[0][0].fold, job.problems[0][1].fold)
+
+
+def test_limit_keeps_the_first_faces(folder):
     with FeatureStore.open(folder / "features.h5") as store:
         options = ProbeOptions(head="linear", bootstraps=200)
         job = Job.prepare([store], ["sex"], options, limit=40)

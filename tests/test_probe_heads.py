@@ -1,6 +1,7 @@
 """Probe heads against scikit-learn, and the trained ones against slow references written here."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_stacked_adamw_equals_the_published_update():
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 def test_heads_in_a_grid_do_not_touch_each_other(module, shape, kind, monkeypatch):
     """Each head of a grid learns what it learns alone."""
-    seen = []
+    seen, refits = [], []
     train = _grid._Trainer.train
 
     def spy(self, grid, rows, epochs, valid=None):
@@ -195,6 +196,8 @@ def test_heads_in_a_grid_do_not_touch_each_other(module, shape, kind, monkeypatc
         if valid is not None:
             alone = [train(self, [one], rows, epochs, valid)[1][:, 0] for one in grid]
             seen.append((losses, np.stack(alone, axis=1)))
+        else:
+            refits.append((grid, int(rows.sum()), epochs))
         return head, losses
 
     monkeypatch.setattr(_grid._Trainer, "train", spy)
@@ -207,6 +210,7 @@ def test_heads_in_a_grid_do_not_touch_each_other(module, shape, kind, monkeypatc
     pairs = [(1e-3, 0.0), (1e-3, 1.0), (1e-2, 0.0), (1e-2, 1.0)]
     found = (fitted.chosen["learning_rate"], fitted.chosen["weight_decay"], fitted.chosen["epochs"])
     assert found == (*pairs[best], epoch + 1)
+    assert refits == [([pairs[best]], 90, epoch + 1)]
 
 
 @pytest.mark.parametrize(("module", "shape"), [(mlp, (WIDTH,)), (attentive, (TOKENS, WIDTH))])
@@ -219,6 +223,7 @@ def test_trained_heads_learn_and_repeat(module, shape):
     options = module.Options(learning_rates="3e-3,1e-2", epochs=15)
     first, second = module.fit_predict(fold, options), module.fit_predict(fold, options)
     np.testing.assert_array_equal(first.output, second.output)
+    assert not np.array_equal(first.output, module.fit_predict(replace(fold, seed=4), options).output)
     assert 1 - ((first.output - target[test]) ** 2).mean() / target[test].var() > 0.8
 
 

@@ -30,11 +30,12 @@ def run(arguments: list[str], given: Given) -> None:
     from mefem_cli import console
     from mefem_cli.errors import UsageError
     from mefem_cli.evaluation import job as jobs
+    from mefem_cli.evaluation.heads import chosen_heads
     from mefem_cli.stores import product
 
     options = given.build("evaluation.evaluate", "ProbeOptions")
     output = given.build("stores.product", "ProductOptions")
-    jobs.chosen_heads(options.head)
+    chosen_heads(options.head)  # a typo should not wait for the pipe
     if not arguments:
         raise UsageError(f"name a task, such as `mefem probe bmi`{_labels_hint(options.store)}")
     if output.out and not output.overwrite:

@@ -20,6 +20,7 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.evaluation import bootstrap, labels, metrics
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.folds import assign_folds, join_rows, strata
+from mefem_cli.evaluation.heads import choose_pairs
 from mefem_cli.evaluation.metrics import Predictions
 from mefem_cli.stores.features import FeatureStore
 
@@ -222,25 +223,10 @@ def evaluate(
     seed: int = 0,
     head_options: Any = None,
 ) -> Score:
-    """Prepare a task and score one head on it; `features` defaults to the head's own."""
+    """Prepare a task and score one head on it; `features` defaults to the first of the head's that the store has."""
     options = options or ProbeOptions()
-    problem = prepare(store, task, options, seed)
-    return evaluate_head(store, problem, head, features or default_features(store, head), options, head_options)
-
-
-def default_features(store: FeatureStore, head: str) -> str:
-    """Return the first features of a head that the store has. Raises UsageError where it has none of them."""
-    known = parts.load("probes", head).FEATURES
-    for features in known:
-        if has_features(store, features):
-            return features
-    flag = "; store them with `mefem embed --patches`" if "patches" in known else ""
-    raise UsageError(f"--head {head} wants {' or '.join(known)} features, which {store.path} lacks{flag}")
-
-
-def has_features(store: FeatureStore, features: str) -> bool:
-    """Return whether the store has all of `cls+mean` or the like."""
-    return all(store.has(kind) for kind in features.split("+"))
+    ((head, features),) = choose_pairs([store], head, features)
+    return evaluate_head(store, prepare(store, task, options, seed), head, features, options, head_options)
 
 
 def read_features(store: FeatureStore, features: str, rows: np.ndarray) -> np.ndarray:
