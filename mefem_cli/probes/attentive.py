@@ -26,7 +26,7 @@ MLP_RATIO = 4
 class Options:
     """Heads trained by gradient, attentive and mlp."""
 
-    learning_rates: str = "1e-4,3e-4,1e-3,3e-3,1e-2"  # learning rates to choose among (attentive, mlp)
+    learning_rates: str = "3e-4,1e-3,3e-3,1e-2,3e-2"  # learning rates to choose among (attentive, mlp)
     weight_decays: str = "0.01,1"  # weight decays to choose among, with each learning rate (attentive, mlp)
     epochs: int = 20  # passes over the training fold; the best is chosen inside (attentive, mlp)
     head_batch: int = 64  # faces in a training step of a head (attentive, mlp)
