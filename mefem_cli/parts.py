@@ -10,6 +10,7 @@ import ast
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,6 +139,15 @@ def class_summary(module: str, class_name: str = "Options") -> str:
     return ""
 
 
+def read_constant(module: str, name: str) -> Any:
+    """Return a literal constant of a module, such as a head's `FEATURES`, without importing it."""
+    for node in _parsed(module).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{module} has no constant {name}")
+
+
+@lru_cache(maxsize=None)  # a module's summary and fields are asked for apart
 def _parsed(module: str) -> ast.Module:
     return ast.parse(module_path(module).read_text(encoding="utf-8"))
 
