@@ -25,7 +25,11 @@ th { color: var(--soft); font-weight: 600; } figure { margin: 1.2rem 0; } img { 
 .tiles { display: flex; flex-wrap: wrap; gap: .5rem; } .tiles figure { margin: 0; width: 112px; }
 .tiles img { width: 112px; height: 112px; object-fit: cover; border-radius: 6px; display: block; }
 .tiles figcaption { font-size: .72rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } code { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; }
+.scroll { overflow-x: auto; } ul.points li { margin: .4rem 0; } .callout { border-left: 4px solid #2a6fdb; background: var(--card);
+  padding: .8rem 1rem; border-radius: 0 6px 6px 0; } .callout p { margin: .3rem 0 0; } .callout strong { font-size: 1.15rem; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .82rem; }
+code { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; }
 """
 
 
@@ -63,6 +67,31 @@ def figure(path: Path, caption: str) -> str:
         f'<figure><img class="figure" alt="{escape(caption, quote=True)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def themed_figure(light: bytes, dark: bytes, caption: str) -> str:
+    """Return one PNG figure drawn twice, embedded: for light pages and for dark ones."""
+    encoded = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (dark, light)]
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{encoded[0]}">'
+        f'<img alt="{escape(caption, quote=True)}" src="{encoded[1]}"></picture>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def callout(headline: str, text: str) -> str:
+    """Return a marked paragraph with a headline."""
+    return f'<div class="callout"><strong>{escape(headline)}</strong><p>{escape(text)}</p></div>'
+
+
+def points(texts: Iterable[str]) -> str:
+    """Return a list of plain texts."""
+    return '<ul class="points">' + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+
+
+def code(lines: Iterable[str]) -> str:
+    """Return lines of code as they are."""
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def tiles(pictures: Iterable[tuple[bytes, str]]) -> str:
