@@ -250,3 +250,15 @@ def test_schedule_warms_up_and_ends_at_zero():
 def test_senseless_options_are_refused(module, changes, words):
     with pytest.raises(UsageError, match=words):
         module.Options(**changes)
+
+
+def test_training_ends_where_the_inner_fold_no_longer_gains(monkeypatch):
+    rng = np.random.default_rng(0)
+    noise = Fold(
+        rng.normal(size=(200, WIDTH)), np.arange(160), np.arange(160, 200), rng.normal(size=160), np.arange(160) % 5
+    )
+    epochs = []
+    evaluate = _grid._Trainer.evaluate
+    monkeypatch.setattr(_grid._Trainer, "evaluate", lambda *args: epochs.append(1) or evaluate(*args))
+    chosen = mlp.fit_predict(replace(noise, device="cpu"), mlp.Options(epochs=200)).chosen
+    assert len(epochs) == chosen["epochs"] + _grid.PATIENCE

@@ -24,6 +24,7 @@ from mefem_cli.errors import UsageError
 from mefem_cli.probes import Fitted, Fold
 
 WARMUP_SHARE = 0.1  # of the steps; then cosine to 0
+PATIENCE = 6  # epochs without a new best loss in the whole grid
 EVALUATION_ROWS = 512
 MIN_VALUES_FOR_THREADS = 1 << 18  # feature values in a batch
 
@@ -157,8 +158,9 @@ class _Trainer:
     ) -> tuple[nn.Module, np.ndarray]:
         """Train a head for each (learning rate, weight decay) on a mask of training rows.
 
-        Returns the heads and their losses on `valid` after each epoch, [epochs, G] (empty without it). The schedule is
-        that of `recipe.epochs`, so training again for fewer epochs repeats its beginning.
+        Returns the heads and their losses on `valid` after each epoch, [epochs, G] (empty without it); ends early
+        where no head of the grid has become the best for a while. The schedule is that of `recipe.epochs`, so training
+        again for fewer epochs repeats its beginning.
         """
         generator = torch.Generator().manual_seed(self.fold.seed)
         head = self.build(len(grid), max(self.fold.num_classes, 1), generator).to(self.device)
@@ -174,6 +176,8 @@ class _Trainer:
                 optimiser.step(schedule(optimiser.steps, total))
             if valid is not None:
                 losses.append(self.evaluate(head, torch.from_numpy(np.flatnonzero(valid))))
+                if len(losses) - 1 - int(np.argmin(np.min(losses, axis=1))) >= PATIENCE:
+                    break
         return head, np.array(losses)
 
     def batch(self, rows: np.ndarray) -> torch.Tensor:
