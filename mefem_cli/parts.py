@@ -63,18 +63,28 @@ class Field:
     @property
     def metavar(self) -> str:
         """What stands for the value in the help: `N`, `X`, `a|b|c`."""
-        shown = {"int": "N", "float": "X", "str": "TEXT", "None": "none", "list[str]": "TEXT"}
+        shown = {"int": "N", "float": "X", "str": "TEXT", "None": "none", "list[str]": "TEXT", "bool": "true|false"}
         members = [one for one in self.alternatives if one != "None" or self.default is not None]  # None: leave it out
         return "|".join(str(one[1]) if isinstance(one, tuple) else shown[one] for one in members)
 
+    @property
+    def default_text(self) -> str:
+        """The default as the help shows it; empty for a switch that is off and where leaving it out means something."""
+        if self.default is True:
+            return "on"
+        return "" if self.default is None or self.default is False or self.default == [] else str(self.default)
+
     def parse(self, given: Any) -> Any:
         """Return `given` (text from a shell or an environment variable, a value from YAML) as the field's type."""
+        if given is None and self.default is None:  # an empty value in YAML; the text "None" is nobody's wish
+            return None
         if self.is_flag:
             words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
             if str(given).lower() in words:
                 return words[str(given).lower()]
         elif self.is_list:
-            return [str(item) for item in (given if isinstance(given, list | tuple) else [given])]
+            items = given if isinstance(given, list | tuple) else [given] if given is not None else []
+            return [str(item) for item in items]
         else:
             for alternative in self.alternatives:
                 matched, value = _parse_as(alternative, given)

@@ -1,0 +1,1 @@
+"""Grids of experiments: cells of options, each pretrained, embedded and probed, and their table."""

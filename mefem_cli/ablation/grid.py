@@ -1,0 +1,267 @@
+"""From a preset, a grid file and flags to cells: each an assignment of options, no two alike.
+
+A grid file is YAML with the keys of `Grid`:
+
+    vary: {mask: [stripes, quadrants], width: [2, 3]}     every combination
+    set: {backbone: vit_tiny_patch16_224}                 the same for all
+    rows: [{mask: stripes, width: 3}, {mask: quadrants}]  instead of vary, or times vary
+    task: bmi                                             or a list
+    seeds: 3
+    epochs: 66                                            of the longest rows; all scale in proportion
+
+Presets are such files. What a flag sets wins over the file, `set` gives way to rows, and rows to vary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mefem_cli.ablation import steps
+from mefem_cli.ablation.steps import Assignment
+from mefem_cli.errors import UsageError, did_you_mean
+
+PRESETS = Path(__file__).parent / "presets"
+FILE_KEYS = ("vary", "set", "rows", "task", "seeds", "epochs")
+DEFAULT_TASK = "bmi"
+COLUMNS_OF_THEIR_OWN = ("head", "features")  # in the results: not part of a cell's name
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What was asked for; option names resolved, values parsed."""
+
+    name: str
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+    fixed: Assignment = field(default_factory=dict)
+    rows: list[Assignment] = field(default_factory=lambda: [{}])
+    forced: Assignment = field(default_factory=dict)  # set by a flag: wins over rows
+    tasks: tuple[str, ...] = (DEFAULT_TASK,)
+    seeds: int = 1
+    epochs: int | None = None  # of the longest cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One assignment of options: what each step is given, beside crops and seed."""
+
+    shown: Assignment  # the options that tell it from other cells, but for head and features
+    pretrain: Assignment
+    embed: Assignment
+    probe: Assignment
+
+    @property
+    def name(self) -> str:
+        """The cell in results.csv: `mask=stripes width=3`."""
+        return " ".join(f"{name}={shown_value(value)}" for name, value in self.shown.items()) or "default"
+
+    def pretrain_key(self, crops: list[str], seed: int) -> str:
+        """Return the key of the pretraining on crops whose manifests have these sha256."""
+        return steps.key(crops, seed, steps.settled("pretrain", self.pretrain))
+
+    def embed_key(self) -> str:
+        """Return the key of the features among those of one encoder."""
+        return steps.key(steps.settled("embed", self.embed))
+
+    def probe_key(self, task: str) -> str:
+        """Return the key of the scores among those of one encoder: stored patches change no other feature."""
+        features = {**steps.settled("embed", self.embed), "patches": None}
+        return steps.key(task, features, steps.settled("probe", self.probe))
+
+
+def shown_value(value: Any) -> str:
+    """Return a value as it is typed in a shell."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+def presets() -> list[str]:
+    """Return the names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_grid(named: str) -> Grid:
+    """Return a preset, or a grid file. Raises UsageError for an unknown name and for what is wrong in a file."""
+    if named in presets():
+        return _parse_file(PRESETS / f"{named}.yaml", named)
+    path = Path(named)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _parse_file(path, path.stem)
+    hint = did_you_mean(named, presets())
+    raise UsageError(f'there is no preset "{named}"{hint}; or name a grid file, such as grid.yaml, or --vary')
+
+
+def _parse_file(path: Path, name: str) -> Grid:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
+        raise UsageError(f"{path}: cannot be read as YAML ({reason})") from error
+    if not isinstance(content, Mapping) or not content:
+        raise UsageError(f"{path}: wanted a grid, such as `vary: {{mask: [stripes, quadrants]}}`")
+    for one in content:
+        if one not in FILE_KEYS:
+            raise UsageError(f'{path}: a grid has no key "{one}"{did_you_mean(str(one), FILE_KEYS)}')
+    rows = content.get("rows") or [{}]
+    if not isinstance(rows, list):
+        raise UsageError(f"{path}: `rows` wants a list of options, such as `- {{mask: stripes, width: 3}}`")
+    try:
+        return Grid(
+            name,
+            vary={one: _unique(values) for one, values in _parse_table(content, "vary").items()},
+            fixed=_parse_table(content, "set"),
+            rows=[_parse_table({"rows": row}, "rows") for row in rows],
+            tasks=_tasks(content.get("task") or DEFAULT_TASK),
+            seeds=whole_number("seeds", content.get("seeds", 1)),
+            epochs=whole_number("epochs", content["epochs"]) if "epochs" in content else None,
+        )
+    except UsageError as error:
+        raise UsageError(f"{path.name}: {error}") from error
+
+
+def _parse_table(content: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return the options of a section of a grid file; under `vary`, each with its list of values."""
+    table = content.get(section) or {}
+    if not isinstance(table, Mapping):
+        raise UsageError(f"`{section}` wants options with values, such as `width: 3`; given {table!r:.60}")
+    parsed = {}
+    for typed, value in table.items():
+        name = steps.resolve_name(str(typed))
+        if section == "vary":
+            parsed[name] = [steps.parse(name, one) for one in (value if isinstance(value, list) else [value])]
+        else:
+            parsed[name] = steps.parse(name, value)
+    return parsed
+
+
+def _tasks(given: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(task) for task in (given if isinstance(given, list | tuple) else [given])))
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a count from 1. Raises UsageError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"--{name} {value}: wanted a whole number from 1")
+    return value
+
+
+def parse_vary(typed: str) -> tuple[str, list[Any]]:
+    """Return option and values of `--vary option=a,b,c`. Raises UsageError."""
+    name, values = _parse_pair("--vary", typed)
+    words = [word.strip() for word in values.split(",")]
+    if "" in words:
+        raise UsageError(f"--vary {typed}: an empty value; wanted such as width=2,3,4")
+    return name, _unique(steps.parse(name, word) for word in words)
+
+
+def parse_set(typed: str) -> tuple[str, Any]:
+    """Return option and value of `--set option=value`. Raises UsageError."""
+    name, value = _parse_pair("--set", typed)
+    return name, steps.parse(name, value)
+
+
+def _parse_pair(flag: str, typed: str) -> tuple[str, str]:
+    name, equals, value = typed.partition("=")
+    if not equals or not value.strip():
+        wanted = "mask=stripes,quadrants" if flag == "--vary" else "image_size=112"
+        raise UsageError(f"{flag} {typed}: wanted option=value, such as {flag} {wanted}")
+    return steps.resolve_name(name), value.strip()
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    return [value for value in values if value not in found and not found.append(value)]  # type: ignore[func-returns-value]
+
+
+# Flags over a file ---------------------------------------------------------------------------------------------
+
+
+def with_flags(
+    grid: Grid, vary: dict[str, list[Any]], forced: Assignment, tasks: list[str], seeds: int | None, epochs: int | None
+) -> Grid:
+    """Return the grid as changed by flags. Raises UsageError where two of them contradict each other."""
+    for name in vary.keys() & forced.keys():
+        raise UsageError(f"--vary {name} and --set {name}: give one of them")
+    if epochs is not None and "epochs" in {**vary, **forced}:
+        raise UsageError("--epochs and epochs in --vary or --set: give one of them")
+    if not forced.keys().isdisjoint(COLUMNS_OF_THEIR_OWN):  # a row's head and features belong together
+        rows = [{name: value for name, value in row.items() if name not in COLUMNS_OF_THEIR_OWN} for row in grid.rows]
+        grid = replace(grid, rows=rows)
+    if "epochs" in {**vary, **forced}:
+        grid = replace(grid, epochs=None)
+    return replace(
+        grid,
+        vary={**{name: values for name, values in grid.vary.items() if name not in forced}, **vary},
+        forced=forced,
+        tasks=_tasks(tasks) if tasks else grid.tasks,
+        seeds=grid.seeds if seeds is None else whole_number("seeds", seeds),
+        epochs=grid.epochs if epochs is None else whole_number("epochs", epochs),
+    )
+
+
+# Expanding -----------------------------------------------------------------------------------------------------
+
+
+def expand(grid: Grid) -> list[Cell]:
+    """Return the cells in order: rows times the product of what varies, unused options dropped, equal cells merged.
+
+    Raises UsageError where a head does not take its features.
+    """
+    combinations = [dict(zip(grid.vary, values, strict=True)) for values in itertools.product(*grid.vary.values())]
+    assignments = [
+        ({**row, **combination}, {**grid.fixed, **row, **grid.forced, **combination})
+        for row in grid.rows
+        for combination in combinations
+    ]
+    default_epochs = steps.options("pretrain")["epochs"].default
+    longest = max(assignment.get("epochs", default_epochs) for _, assignment in assignments)
+    cells: dict[str, Cell] = {}
+    for told_apart_by, assignment in assignments:
+        if grid.epochs is not None:
+            own = assignment.get("epochs", default_epochs)
+            assignment = {**assignment, "epochs": max(1, round(own * grid.epochs / longest))}
+        cell = _cell(told_apart_by, assignment)
+        cells.setdefault(_identity(cell), cell)
+    return _storing_patches_together(list(cells.values()))
+
+
+def _cell(told_apart_by: Iterable[str], assignment: Assignment) -> Cell:
+    given = steps.split(assignment)
+    shown = {
+        name: assignment[name]
+        for name in told_apart_by
+        if name not in COLUMNS_OF_THEIR_OWN and any(name.rpartition(".")[2] in given[step] for step in steps.of(name))
+    }
+    return Cell(shown, **given)
+
+
+def _identity(cell: Cell) -> str:
+    return steps.key(cell.pretrain_key([], 0), cell.probe_key(""), cell.embed.get("patches", False))
+
+
+def _storing_patches_together(cells: list[Cell]) -> list[Cell]:
+    """Let cells of one pretraining share one feature store: if one of them wants patches, all store them."""
+
+    def encoder(cell: Cell) -> str:
+        return steps.key(cell.pretrain_key([], 0), {**steps.settled("embed", cell.embed), "patches": None})
+
+    wanted = {encoder(cell) for cell in cells if cell.embed.get("patches")}
+    return [replace(cell, embed={**cell.embed, "patches": encoder(cell) in wanted}) for cell in cells]
+
+
+def without_effect(grid: Grid, cells: list[Cell]) -> list[str]:
+    """Return the options asked for that no cell uses."""
+    asked = {**grid.fixed, **grid.forced, **grid.vary, **{name: None for row in grid.rows for name in row}}
+    used = {option for cell in cells for step in steps.STEPS for option in getattr(cell, step)}
+    return [name for name in asked if name.rpartition(".")[2] not in used and name != "epochs"]

@@ -1,0 +1,300 @@
+"""What `mefem ablate` runs: a grid, checked before anything is trained, then its cells, then its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mefem_cli import console, parts
+from mefem_cli.ablation import grid as grids
+from mefem_cli.ablation import results, steps
+from mefem_cli.ablation.grid import Cell, Grid
+from mefem_cli.ablation.runner import Outcome, Runner, Strand, visible_gpus
+from mefem_cli.engine.plan import make_plan
+from mefem_cli.errors import NoInputError, OutputError, UsageError
+from mefem_cli.evaluation import evaluate
+from mefem_cli.parts import Given
+from mefem_cli.stores import product as products
+from mefem_cli.stores.crops import Crops
+from mefem_cli.stores.features import FeatureStore
+from mefem_cli.stores.product import ProductOptions
+
+ABLATIONS = Path("ablations")
+RESULTS, TABLE, PROVENANCE, CELLS = "results.csv", "results.md", "provenance.json", "cells"
+MONITOR_SHARE = 0.05  # of the faces are watched and not trained on, at most
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """The grid."""
+
+    vary: list[str] = field(
+        default_factory=list
+    )  # OPTION=A,B,C of pretrain, embed or probe; several: every combination
+    set: list[str] = field(default_factory=list)  # OPTION=VALUE for all cells; wins over a preset or file
+    task: list[str] = field(default_factory=list)  # what the encoders are scored on; default: the preset's, else bmi
+    head: str | None = None  # heads of every cell, as in mefem probe; default: the preset's, else linear and mlp
+    features: str | None = None  # features of every cell, as in mefem probe
+    seeds: int | None = None  # repetitions of each cell, from --seed on; default: the preset's, else 1
+    epochs: int | None = None  # epochs of the longest cells; shorter ones scale in proportion
+    crops: list[str] = field(default_factory=list)  # crops folder, also several; default: crops/
+    jobs: int | None = None  # pretrainings at once; default: one for each GPU, else 1
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "jobs"):
+            if getattr(self, name) is not None:
+                grids.whole_number(name, getattr(self, name))
+
+
+def read_grid(named: list[str], options: AblateOptions, machine: dict[str, Any]) -> Grid:
+    """Return the grid of a preset or file with flags over it. `machine`: what DeviceOptions and --limit set.
+
+    Raises UsageError for whatever is unknown or contradicts itself.
+    """
+    if len(named) > 1:
+        raise UsageError(f"one preset or grid file at a time; given {', '.join(named)}")
+    if not named and not options.vary:
+        known = ", ".join(grids.presets())
+        raise UsageError(f"name a preset ({known}), a grid file, or --vary, such as --vary mask=stripes,quadrants")
+    vary = _once("--vary", [grids.parse_vary(one) for one in options.vary])
+    forced = _once("--set", [grids.parse_set(one) for one in options.set])
+    flags = {**machine, "head": options.head, "features": options.features}
+    forced |= {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
+    grid = grids.read_grid(named[0]) if named else Grid("-".join(vary))
+    return grids.with_flags(grid, vary, forced, options.task, options.seeds, options.epochs)
+
+
+def _once(flag: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UsageError(
+                f"{flag} {name} is given twice; " + ("join the values with commas" if flag == "--vary" else "give one")
+            )
+        found[name] = value
+    return found
+
+
+@dataclass
+class Job:
+    """A grid on crops, ready to run."""
+
+    grid: Grid
+    cells: list[Cell]
+    crops: Crops
+    product: ProductOptions
+    out: Path
+    jobs: int
+    gpus: list[str]
+    strands: list[Strand]
+
+    @classmethod
+    def prepare(cls, named: list[str], options: AblateOptions, machine: dict[str, Any], product: ProductOptions) -> Job:
+        """Read grid and crops and check all that can be checked before training; nothing is written.
+
+        Raises UsageError for options, NoInputError where crops or a task's label are missing.
+        """
+        grid = read_grid(named, options, machine)
+        cells = grids.expand(grid)
+        for cell in cells:
+            Given(cell.pretrain).build("engine.plan", "TrainOptions")
+        for name in grids.without_effect(grid, cells):
+            console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
+        crops = _open_crops(options.crops, product.limit)
+        _check_tasks(crops, grid, cells, product.seed)
+        out = Path(product.out) if product.out else ABLATIONS / grid.name
+        gpus = visible_gpus(grid.forced.get("device", "auto"))
+        strands = _strands(cells, list(crops.inputs().values()), grid, product.seed, out)
+        jobs = min(options.jobs or len(gpus) or 1, len(strands))
+        return cls(grid, cells, crops, product, out, jobs, gpus, strands)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each repetition."""
+        return [self.product.seed + number for number in range(self.grid.seeds)]
+
+    def run(self) -> dict[str, int]:
+        """Run what is not finished; write results.csv after each pretraining's cells, at the end results.md.
+
+        Returns counts: `cells`, `pretrainings` and, of cells times seeds, `failed` and `reused`. Raises NoInputError if
+        no cell has a result.
+        """
+        self._claim_folder()
+        reused = sum(len(strand.cells) for strand in self.strands if strand.is_finished)
+        outcomes: list[Outcome] = []
+        total = sum(len(strand.cells) for strand in self.strands)
+        self._write_provenance()
+        with (
+            console.progress("ablate", total) as bar,
+            Runner(self.out, self.crops.folders, self.jobs, self.gpus) as runner,
+        ):
+
+            def take(strand: Strand, found: list[Outcome]) -> None:
+                outcomes.extend(found)
+                results.write(self.out, results.rows_of(self._ordered(outcomes)))
+                _tell(found)
+                bar.advance(len(strand.cells))
+
+            runner.run(self.strands, take)
+        ordered = self._ordered(outcomes)
+        text = results.to_markdown(self.grid.name, ordered, self.grid.tasks, self.grid.seeds, self._notes())
+        products.write_text(self.out / TABLE, text)
+        failures = [outcome for outcome in ordered if outcome.failure]
+        if not any(outcome.scores for outcome in ordered):
+            raise NoInputError(f"no cell has a result; the first: {failures[0].failure} (all in {self.out / RESULTS})")
+        failed = {(outcome.cell.name, outcome.cell.probe_key(""), outcome.seed) for outcome in failures}
+        self._show(ordered)
+        return {"cells": len(self.cells), "pretrainings": len(self.strands), "failed": len(failed), "reused": reused}
+
+    def _claim_folder(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(f"{self.out}: is a file; name another folder with -o")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / CELLS).is_dir():
+            raise OutputError(f"{self.out}: holds something else than an ablation; name another folder with -o")
+        if self.product.overwrite:
+            products.refuse_existing(self.out, overwrite=True)
+        (self.out / CELLS).mkdir(parents=True, exist_ok=True)
+
+    def _ordered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Sort by cell, seed and task, so that the tables do not depend on what finished first."""
+        place = {id(cell): number for number, cell in enumerate(self.cells)}
+        tasks = ["", *self.grid.tasks]
+        return sorted(outcomes, key=lambda one: (place[id(one.cell)], one.seed, tasks.index(one.task)))
+
+    def _write_provenance(self) -> None:
+        options = {**asdict(self.grid), "jobs": self.jobs}
+        record = products.provenance(
+            options, self.crops.inputs(), self.product.seed, self.grid.forced.get("device", "auto")
+        )
+        cells = [
+            {
+                "cell": cell.name,
+                **{step: getattr(cell, step) for step in steps.STEPS},
+                "folders": [str(Path(CELLS) / strand.folder.name) for strand in self.strands if cell in strand.cells],
+            }
+            for cell in self.cells
+        ]
+        products.write_json(self.out / PROVENANCE, {**record, "cells": cells})
+
+    def _notes(self) -> list[str]:
+        fixed = {**self.grid.fixed, **self.grid.forced}
+        shown = ", ".join(f"{name}={grids.shown_value(value)}" for name, value in fixed.items())
+        record = products.provenance({}, {}, self.product.seed)
+        commit = f", commit {record['git_commit'][:12]}" if record["git_commit"] else ""
+        return [
+            f"`{' '.join(record['command'])}`",
+            f"mefem {record['mefem']}{commit}, torch {record['versions']['torch']}; more in {PROVENANCE}",
+            f"all cells: {shown or 'the defaults of mefem pretrain, embed and probe'}",
+            f"seeds: {', '.join(map(str, self.seeds))}",
+            *(f"crops: {folder}, manifest sha256 {digest}" for folder, digest in self.crops.inputs().items()),
+            f"{len(self.crops)} faces",
+        ]
+
+    def _show(self, outcomes: list[Outcome]) -> None:
+        """Show a short table on stderr: stdout is for the path."""
+        from rich.console import Console
+
+        terminal = Console(stderr=True)
+        with terminal.capture() as captured:
+            for task in self.grid.tasks:
+                terminal.print(results.to_table(outcomes, task))
+        console.note(captured.get().rstrip("\n"))
+
+    # Dry run ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> dict[str, Any]:
+        """Return what `run` would do; nothing is written."""
+        todo = [strand for strand in self.strands if strand.state in ("new", "begun")]
+        steps_of = {strand.folder: self._num_steps(strand.cells[0]) for strand in self.strands}
+        known = [steps_of[strand.folder] for strand in todo]
+        return {
+            "out": str(self.out.absolute()),
+            "crops": len(self.crops),
+            "cells": [self._cell_plan(cell, steps_of) for cell in self.cells],
+            "tasks": list(self.grid.tasks),
+            "seeds": self.seeds,
+            "pretrainings": len(self.strands),
+            "to_train": len(todo),
+            "steps": sum(count or 0 for count in known),
+            "jobs": self.jobs,
+            "gpus": self.gpus,
+        }
+
+    def _cell_plan(self, cell: Cell, steps_of: dict[Path, int | None]) -> dict[str, Any]:
+        own = [strand for strand in self.strands if cell in strand.cells]
+        return {
+            "cell": cell.name,
+            "pretraining": own[0].folder.name,
+            "epochs": steps.settled("pretrain", cell.pretrain)["epochs"],
+            "steps": steps_of[own[0].folder],
+            "head": cell.probe["head"],
+            "features": cell.probe.get("features"),
+            "states": [strand.state for strand in own],
+        }
+
+    def _num_steps(self, cell: Cell) -> int | None:
+        """Return the steps of a pretraining, within a few; None where its options do not fit the faces."""
+        options = Given(cell.pretrain).build("engine.plan", "TrainOptions")
+        faces = len(self.crops) - min(options.monitor, int(MONITOR_SHARE * len(self.crops)))
+        try:
+            return make_plan(options, faces, cell.pretrain.get("batch_size", "auto")).total_steps
+        except UsageError:
+            return None
+
+
+def _open_crops(named: list[str], limit: int | None) -> Crops:
+    folders = [Path(one) for one in named] or [Path("crops")]
+    if not named and not folders[0].exists():
+        raise NoInputError("crops/: no such folder; make it with mefem crop, or name one with --crops")
+    crops = Crops.open(*folders)
+    return crops if limit is None else crops.select(range(min(limit, len(crops))))
+
+
+class _LabelledFaces:
+    """Crops as the probing protocol sees a store before it reads features: labels, and who is who."""
+
+    def __init__(self, crops: Crops):
+        self.ids = np.array(crops.ids, dtype=object)
+        self.labels, self.meta = crops.labels, crops.columns
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def _check_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int) -> None:
+    """Make the targets and folds of every task once, so that hours of training do not end at a missing label."""
+    faces = cast(FeatureStore, _LabelledFaces(crops))
+    names = {option.name for option in parts.read_fields("evaluation.evaluate", "ProbeOptions")} - {"head", "features"}
+    distinct = {
+        steps.key(chosen): chosen for cell in cells for chosen in [{n: v for n, v in cell.probe.items() if n in names}]
+    }
+    for chosen in distinct.values():
+        options = Given(chosen).build("evaluation.evaluate", "ProbeOptions")
+        for task in grid.tasks:
+            evaluate.prepare(faces, task, options, seed)
+
+
+def _strands(cells: list[Cell], manifests: list[str], grid: Grid, seed: int, out: Path) -> list[Strand]:
+    """Group cells by their pretraining; all cells of the first seed come first, so that a whole table is early."""
+    strands = []
+    for number in range(seed, seed + grid.seeds):
+        groups: dict[str, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(cell.pretrain_key(manifests, number), []).append(cell)
+        strands += [Strand(out / CELLS / key, number, tuple(group), grid.tasks) for key, group in groups.items()]
+    return strands
+
+
+def _tell(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        where = f"{outcome.cell.name}, seed {outcome.seed}"
+        if outcome.failure:
+            console.note(f"{where}: failed: {outcome.failure}")
+        for score in outcome.scores:
+            metric, found = next(iter(score["metrics"].items()))
+            value = "undefined" if found["value"] is None else f"{found['value']:.3f}"
+            console.note(f"{where}: {score['task']} {metric} {value} ({score['head']} on {score['features']})")
