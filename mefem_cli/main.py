@@ -15,9 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from mefem_cli import __version__, parts
 from mefem_cli.errors import MefemError, OutputError
 
-# In the order of use. Each is a module in commands/ with a docstring (its help), `OPTIONS` (dataclasses whose fields are
-# its options, as "module:class"), optionally `ARGUMENT` (name, help) and `ROOMS` (whose parts' options it offers too),
-# and `run(arguments, given)`.
+# In the order of use. Each is a module in commands/ with a docstring (its help), `OPTIONS` (dataclasses whose fields
+# are its options, as "module:class"), optionally `ARGUMENT` (name, help) and `ROOMS` (whose parts' options it offers
+# too), and `run(arguments, given)`.
 COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "ablate")
 SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q"}
 INTERRUPTED, BUG = 130, 1
@@ -53,7 +53,8 @@ class SectionedCommand(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 title = getattr(parameter, "rich_help_panel", None) or "Options"
-                sections.setdefault("Arguments" if parameter.param_type_name == "argument" else title, []).append(record)
+                title = "Arguments" if parameter.param_type_name == "argument" else title
+                sections.setdefault(title, []).append(record)
         sections.setdefault("Options", [])
         sections["Options"] = sections.pop("Options")  # --help comes last
         for title, records in sections.items():
@@ -69,10 +70,9 @@ def build_command(name: str) -> Any:
         argument, argument_help = module.ARGUMENT
         annotation = Annotated[list[str], typer.Argument(help=argument_help, metavar=f"[{argument.upper()}]...")]
         parameters["arguments"] = _parameter("arguments", annotation, None)
-    for title, options in _sections(module):
+    for title, options in sections(module):
         for option in options:
-            if option.name not in parameters:
-                parameters[option.name] = _parameter(option.name, _annotation(option, title), None)
+            parameters[option.name] = _parameter(option.name, _annotation(option, title), None)
 
     def call(**values: Any) -> None:
         _run(module, name, values)
@@ -85,16 +85,22 @@ def build_command(name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _sections(module: ModuleType) -> list[tuple[str, list[parts.Field]]]:
-    sections = []
+def sections(module: ModuleType) -> list[tuple[str, list[parts.Field]]]:
+    """Return the options of a command's module by section; one that several sections have stands in the first."""
+    found = []
     for spec in module.OPTIONS:
         path, _, class_name = spec.partition(":")
-        sections.append((parts.class_summary(path, class_name), parts.read_fields(path, class_name)))
+        found.append((parts.class_summary(path, class_name), parts.read_fields(path, class_name)))
     for room in getattr(module, "ROOMS", ()):
         for part in parts.names(room):
             title = f"With {room.rstrip('s')} {part}"
-            sections.insert(-1, (title, parts.read_fields(f"{room}.{part}")))
-    return [(title, options) for title, options in sections if options]
+            found.insert(-1, (title, parts.read_fields(f"{room}.{part}")))
+    seen: set[str] = set()
+    distinct = []
+    for title, options in found:
+        distinct.append((title, [option for option in options if option.name not in seen]))
+        seen |= {option.name for option in options}
+    return [(title, options) for title, options in distinct if options]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -102,12 +108,14 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _annotation(option: parts.Field, section: str) -> Any:
-    shown = "" if option.default in (None, [], False) else f"  [default: {option.default}]"
+    shown = f"  [default: {option.default_text}]" if option.default_text else ""
     flags = [option.flag, SHORT_FLAGS[option.name]] if option.name in SHORT_FLAGS else [option.flag]
     if option.is_flag:
         if option.default is True:
-            flags, shown = [f"{option.flag}/--no-{option.flag[2:]}"], "  [default: on]"
-        return Annotated[bool | None, typer.Option(*flags, help=option.help + shown, rich_help_panel=section, show_envvar=False)]
+            flags = [f"{option.flag}/--no-{option.flag[2:]}"]
+        return Annotated[
+            bool | None, typer.Option(*flags, help=option.help + shown, rich_help_panel=section, show_envvar=False)
+        ]
     details = typer.Option(
         *flags, help=option.help + shown, metavar=option.metavar, rich_help_panel=section, show_envvar=False
     )
@@ -140,7 +148,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(no_args_is_help=True, context_settings={"auto_envvar_prefix": "MEFEM", "help_option_names": ["--help", "-h"]})
+@app.callback(
+    no_args_is_help=True, context_settings={"auto_envvar_prefix": "MEFEM", "help_option_names": ["--help", "-h"]}
+)
 def mefem(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
@@ -169,7 +179,8 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             code = _report_bug(error)
         else:
-            code = _fail(f"{error.filename or 'writing'}: {error.strerror}; free some space or name another --out", OutputError.exit_code)
+            what = f"{error.filename or 'writing'}: {error.strerror}"
+            code = _fail(f"{what}; free some space or name another --out", OutputError.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own usage errors
             code = _fail(error.format_message().replace("\n", " "), getattr(error, "exit_code", 2))

@@ -10,7 +10,7 @@ import ast
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,7 +157,7 @@ def read_constant(module: str, name: str) -> Any:
     raise AssertionError(f"{module} has no constant {name}")
 
 
-@lru_cache(maxsize=None)  # a module's summary and fields are asked for apart
+@cache  # a module's summary and fields are asked for apart
 def _parsed(module: str) -> ast.Module:
     return ast.parse(module_path(module).read_text(encoding="utf-8"))
 
@@ -197,7 +197,9 @@ class Given:
         Raises UsageError for a value of another type than the field's.
         """
         options_class = getattr(importlib.import_module(f"mefem_cli.{module}"), class_name)
-        values = {one.name: one.parse(self.values[one.name]) for one in read_fields(module, class_name) if one.name in self}
+        values = {
+            one.name: one.parse(self.values[one.name]) for one in read_fields(module, class_name) if one.name in self
+        }
         self.used |= {one.name for one in fields(options_class)}
         return options_class(**values)
 
