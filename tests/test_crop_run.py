@@ -160,6 +160,17 @@ def test_rerun_does_nothing_and_keeps_every_byte(photos, tmp_path):
     assert (tmp_path / "out" / "manifest.parquet").stat().st_mtime_ns == stamp
 
 
+def test_leftovers_of_killed_runs_are_swept(photos, tmp_path):
+    crop(photos, tmp_path / "out")
+    leftovers = [
+        tmp_path / "out" / name for name in (".parts/77.tmp", ".parts/.00009.parquet.7.tmp", ".contact.html.7.tmp")
+    ]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    crop(photos, tmp_path / "out")
+    assert not any(path.exists() for path in leftovers)
+
+
 def test_rerun_takes_new_files_in_and_marks_vanished_ones(photos, tmp_path):
     crop(photos, tmp_path / "out")
     photo(photos / "1_new.jpg", 20)

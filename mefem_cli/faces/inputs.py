@@ -54,7 +54,7 @@ def face_id(name: str, frame: int, face: int) -> str:
     rank in decimal digits. A source without a face has the id of rank 0.
 
     >>> face_id("photos/anna.jpg", 0, 0)
-    '1ef0c3cf56a4ab0a'
+    '52116577a20d4a22'
     """
     content = b"\0".join([os.fsencode(name), str(frame).encode(), str(face).encode()])
     return hashlib.sha256(content).hexdigest()[:16]
