@@ -24,7 +24,7 @@ from mefem_cli import console
 from mefem_cli.console import ConsoleOptions
 from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.stores import product
-from mefem_cli.stores.crops import Crops
+from mefem_cli.stores.crops import PROVENANCE, Crops
 from mefem_cli.stores.runs import Run
 
 # Options of `mefem pretrain` that the demo trains with: small enough for minutes on two cores.
@@ -157,6 +157,7 @@ class Demo:
         with self._timed("pixels"):
             self._store_pixels()
         self._run_steps(self.probe_steps)
+        self._record_seconds()
 
     def _run_steps(self, steps: list[Step]) -> None:
         for step in steps:
@@ -191,8 +192,11 @@ class Demo:
         return Step(f"pretrain {name}", purpose, arguments, out)
 
     def _embed_step(self, name: str) -> Step:
+        """The control's target encoder is step 0 for ever, so its other encoder is the one that learned."""
         out, model = self.store_path(name), str(self.run_path(name))
-        arguments = ("embed", str(self.crops), "--model", model, "-o", str(out), *self._workers(), *self._device())
+        which = ("--encoder", "source") if name == CONTROL else ()
+        arguments = ("embed", str(self.crops), "--model", model, *which, "-o", str(out))
+        arguments += (*self._workers(), *self._device())
         return Step("embed", f"face crops + {name} encoder -> features", arguments, out)
 
     @property
@@ -307,6 +311,22 @@ class Demo:
         crops, path = Crops.open(self.crops), self.store_path(PIXELS)
         console.note(f"\n# raw {PIXEL_SIDE} x {PIXEL_SIDE} pixels of each crop -> {path}")
         write_pixel_store(path, crops, self.options.seed)
+
+    def _record_seconds(self) -> None:
+        """Keep the time of each step; where a rerun reused what was there, that of the run that did the work."""
+        longest = {name: max(taken, self.recorded_seconds.get(name, 0.0)) for name, taken in self.seconds.items()}
+        record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+        product.write_json(self.out / RECORD, {**record, "seconds": longest})
+
+    @property
+    def recorded_seconds(self) -> dict[str, float]:
+        """The time that each step took when it did its work, by name."""
+        return json.loads((self.out / RECORD).read_text(encoding="utf-8")).get("seconds", {})
+
+    @property
+    def rejects(self) -> dict[str, int]:
+        """How many pictures gave no crop, by reason."""
+        return json.loads((self.crops / PROVENANCE).read_text(encoding="utf-8"))["rejects"]
 
     def plan(self) -> dict[str, Any]:
         """Return what the demo would do, with rough times for two cores."""

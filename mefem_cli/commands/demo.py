@@ -21,8 +21,6 @@ def run(arguments: list[str], given: Given) -> None:
     """Run the demo, or with `--dry-run` say what it would do."""
     from mefem_cli import console
     from mefem_cli.demo import Demo
-    from mefem_cli.reports import demo as report
-    from mefem_cli.reports.demo_results import Results
 
     begun = time.monotonic()
     demo = Demo(given.build("demo", "DemoOptions"), given.build("console", "ConsoleOptions"))
@@ -31,12 +29,16 @@ def run(arguments: list[str], given: Given) -> None:
         _print_plan(demo)
         return
     demo.run()
+
+    from mefem_cli.reports import demo as report
+    from mefem_cli.reports.demo_results import Results
+
     results = Results.read(demo.scores)
     page = report.write(demo, results)
     seconds = time.monotonic() - begun
     _tell_times(demo, seconds)
     if console.wants_json():
-        console.product(demo.out, seconds, report=str(page.absolute()), **results.as_json())
+        console.product(demo.out, seconds, report=str(page.absolute()), rejects=demo.rejects, **results.as_json())
         return
     console.table(results.table())
     print(f"\n{results.outcome()}\n")

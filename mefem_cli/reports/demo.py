@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,7 +22,7 @@ from mefem_cli.stores import product
 from mefem_cli.stores.crops import LABEL, OK, REJECTED, read_manifest, text_to_path
 from mefem_cli.stores.runs import Run
 
-NUM_PEOPLE = 14  # shown, of BMI from the lowest to the highest
+NUM_PEOPLE = 16  # shown, of BMI from the lowest to the highest
 NUM_REJECTS = 3  # shown of each reason
 LINE_WIDTH = 100  # of text on the terminal
 REASONS_IN_WORDS = {
@@ -41,8 +43,6 @@ def write(demo: Demo, results: Results) -> Path:
 
 def wrapped(points: list[str]) -> Iterator[str]:
     """Yield the points as lines of a list for the terminal."""
-    import textwrap
-
     for point in points:
         yield from textwrap.wrap(point, LINE_WIDTH, initial_indent="- ", subsequent_indent="  ")
 
@@ -81,7 +81,7 @@ class _Page:
         results = self.results
         yield html.callout(results.outcome(), results.outcome_in_words())
         yield html.heading("What a linear head reads from each")
-        yield html.table(("features", *(heading for *_, heading in COLUMNS)), results.lines())
+        yield html.table(("features", *(heading for *_, heading in COLUMNS)), map(_unbroken, results.lines()))
         panels = []
         for task, metric, heading in COLUMNS:
             scores = [results.score(task, store) for store in results.stores]
@@ -99,7 +99,9 @@ class _Page:
         yield html.paragraph(
             "The same people: BlazeFace finds the face, and the crop is the square of twice its box, at 224 px."
         )
-        yield html.tiles((html.thumbnail(self.demo.crops / row["path"]), row["id"]) for row in self.people)
+        yield html.tiles(
+            (html.thumbnail(self.demo.crops / row["path"]), f"BMI {row[LABEL + 'bmi']:.1f}") for row in self.people
+        )
 
     def _source(self, row: Row) -> Path:
         return Path(text_to_path(row["source"]))
@@ -116,7 +118,7 @@ class _Page:
         yield html.table(("reason", "pictures", "meaning"), lines)
         shown = [row for reason in counts for row in [one for one in rejected if one["reason"] == reason][:NUM_REJECTS]]
         drawn = ((demo_figures.reject_picture(row, self._source(row)), row) for row in shown)
-        yield html.tiles((data, f"{row['reason']}: {row['detail'] or '-'}") for data, row in drawn if data is not None)
+        yield html.tiles((data, row["detail"] or row["reason"]) for data, row in drawn if data is not None)
 
     def _masks(self) -> Iterator[str]:
         yield html.heading("What the encoder learns from")
@@ -131,8 +133,8 @@ class _Page:
         yield html.heading("The training")
         caption = (
             "The loss may rise as its targets grow richer, so it does not tell by itself whether training works. "
-            "RankMe counts the directions that the features use; the last curve compares with a predictor that sees nothing "
-            "and knows only where a patch lies (dashed, 1). Both are measured on faces that are never trained on."
+            "RankMe counts the directions that the features use; the last curve compares with a predictor that sees "
+            "nothing and knows only where a patch lies (dashed, 1). Both are measured on faces never trained on."
         )
         yield self._figure(demo_figures.training(self.run, int(self.demo.options.recipe["epochs"])), caption)
 
@@ -155,8 +157,8 @@ class _Page:
             yield html.paragraph("There are too few people in each group to tell (20 are wanted).")
             return
         rows = [score, *subgroups]
-        names = ["everyone", *(f"{row['by'].replace('_', ' ')} {row['value']}" for row in subgroups)]
-        names = [f"{name} ({row['n_groups']})" for name, row in zip(names, rows, strict=True)]
+        groups = [row["value"] if row["by"] == "sex" else f"skin tone {row['value']}" for row in subgroups]
+        names = [f"{name} ({row['n_groups']})" for name, row in zip(["everyone", *groups], rows, strict=True)]
         panels = [
             (title, [row["metrics"][metric] for row in rows], score["metrics"][metric]["value"])
             for metric, title in (("r2", "BMI r2"), ("mae", "mean absolute error, kg/m2"))
@@ -171,13 +173,18 @@ class _Page:
         yield html.heading("The commands")
         yield html.paragraph("Type them in the same folder to do it by hand, or with your own photos.")
         yield html.code(step.line for step in self.demo.steps)
-        seconds = [(name, f"{taken:.1f}") for name, taken in self.demo.seconds.items()]
-        yield html.table(("step", "seconds, when last run"), seconds)
+        seconds = [(name, f"{taken:.1f}") for name, taken in self.demo.recorded_seconds.items()]
+        yield html.table(("step", "seconds"), seconds)
         options = {**self.demo.options.identity, "mefem": __version__, **_device(self.run)}
         yield html.table(("option", "value"), options.items())
 
     def _figure(self, draw: Any, caption: str) -> str:
         return html.themed_figure(*demo_figures.themed(draw), caption)
+
+
+def _unbroken(cells: list[str]) -> list[str]:
+    """Return cells that the browser keeps in one line each."""
+    return [cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in cells]
 
 
 def _who(row: Row) -> str:
@@ -186,7 +193,5 @@ def _who(row: Row) -> str:
 
 
 def _device(run: Run) -> dict[str, str]:
-    import json
-
     record = json.loads((run.path / "model.json").read_text(encoding="utf-8"))["provenance"]
     return {"device": record["device"], "torch": record["versions"]["torch"]}

@@ -159,6 +159,8 @@ def training(run: Run, epochs: int) -> Callable[[Theme], Figure]:
         at_epoch = [row["step"] * epochs / steps[-1]["step"] for row in steps]
         axes[0].plot(at_epoch, [row["loss"] for row in steps], color=theme.first, lw=1)
         axes[0].set(title="Training loss", xlabel="epoch", ylim=(0, None))
+        for axis in axes:
+            axis.locator_params(axis="x", integer=True)
         if measured:
             at = [row["epoch"] for row in measured]
             _two_curves(axes[1], at, measured, theme)
@@ -187,7 +189,7 @@ def predictions(panels: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Callabl
     low, high = np.floor(values.min()) - 1, np.ceil(values.max()) + 1
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (title, truth, predicted) in zip(axes, panels, strict=True):
             axis.plot([low, high], [low, high], color=theme.soft, lw=1, ls="--")
@@ -214,6 +216,7 @@ def intervals(panels: Sequence[Panel], names: Sequence[str]) -> Callable[[Theme]
                     axis.plot([interval["low"], interval["high"]], [row, row], color=colour, lw=1.6, alpha=0.7)
                 axis.plot(interval["value"], row, "o", color=colour, ms=4.5)
             axis.set_title(title)
+            axis.locator_params(axis="x", nbins=4)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.5, -0.5)
         return figure
@@ -222,9 +225,9 @@ def intervals(panels: Sequence[Panel], names: Sequence[str]) -> Callable[[Theme]
 
 
 def panel_title(name: str, score: Row) -> str:
-    """Return a panel's title with its r2 and error."""
+    """Return a panel's title, with r2 and error in a second line."""
     found = score["metrics"]
-    return f"{name}: r2 {number(found['r2']['value'])}, MAE {found['mae']['value']:.2f} kg/m2"
+    return f"{name}\nr2 {number(found['r2']['value'])}, MAE {found['mae']['value']:.2f} kg/m2"
 
 
 # Photos -------------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def reject_picture(row: Row, path: Path) -> bytes | None:
     pen = ImageDraw.Draw(canvas)
     for x, y, end_x, end_y, colour in known:
         corners = (x + offset[0], y + offset[1], end_x + offset[0], end_y + offset[1])
-        pen.rectangle(corners, outline=colour, width=max(2, side // 110))
+        pen.rectangle(corners, outline=colour, width=max(2, side // 70))
     canvas.thumbnail((TILE_PX, TILE_PX))
     buffer = io.BytesIO()
     canvas.save(buffer, "JPEG", quality=85)

@@ -23,7 +23,7 @@ NAMES = {
     PRETRAINED: "pretrained",
     STEP0: "step 0",
     PIXELS: f"raw {PIXEL_SIDE} x {PIXEL_SIDE} pixels",
-    CONTROL: "control (target never updated)",
+    CONTROL: "control, frozen target",
 }
 BASELINE = "mean baseline"
 Row = dict[str, Any]
@@ -123,16 +123,16 @@ class Results:
             "The encoder was trained on these same faces, without their labels. The heads then learned from some "
             "people's labels and were scored on other people's. A claim about new faces needs faces that pretraining "
             "never saw.",
-            "Step 0 is the same encoder before training: what its random wiring keeps of a picture. Raw pixels are "
-            f"the crop shrunk to {PIXEL_SIDE} x {PIXEL_SIDE}: what colour and brightness give away without any encoder. "
-            "The mean baseline predicts the other people's average, or the commoner sex.",
+            "Step 0 is the same encoder before training: what its random wiring keeps of a picture. Raw pixels are the "
+            f"crop shrunk to {PIXEL_SIDE} x {PIXEL_SIDE}: what colour and light give away without any encoder. The "
+            " mean baseline predicts the other people's average, or the commoner sex.",
             "r2 is the share of the variance that is predicted: 1 is perfect, 0 is no better than the average. "
-            "Balanced accuracy of sex is .5 by guessing. The intervals say how much a score would vary with other people, not "
-            "with another training run: repeat the demo with other seeds for that.",
+            "Balanced accuracy of sex is .5 by guessing. The intervals say how much a score would vary with other "
+            "people, not with another training run: repeat the demo with other seeds for that.",
             "This encoder must not be used to judge anyone: not health, not weight, not sex, not origin.",
         ]
         if CONTROL in self.stores:
-            points.insert(3, "The control learned to predict an encoder that stayed as it was at step 0.")
+            points.insert(3, "The control is an encoder that learned to predict one that stayed as it was at step 0.")
         return points
 
 

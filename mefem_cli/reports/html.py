@@ -15,8 +15,8 @@ STYLE = """
   :root { --ink: #e8e8ee; --paper: #15171c; --soft: #9aa; --line: #333842; --card: #1d2026; }
   img.figure { background: #fff; border-radius: 6px; }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 62rem;
-  padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 62rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.lead, figcaption, .soft { color: var(--soft); }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -25,10 +25,11 @@ th { color: var(--soft); font-weight: 600; } figure { margin: 1.2rem 0; } img { 
 .tiles { display: flex; flex-wrap: wrap; gap: .5rem; } .tiles figure { margin: 0; width: 112px; }
 .tiles img { width: 112px; height: 112px; object-fit: cover; border-radius: 6px; display: block; }
 .tiles figcaption { font-size: .72rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } ul.points li { margin: .4rem 0; } .callout { border-left: 4px solid #2a6fdb; background: var(--card);
-  padding: .8rem 1rem; border-radius: 0 6px 6px 0; } .callout p { margin: .3rem 0 0; } .callout strong { font-size: 1.15rem; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: .82rem; }
+.scroll { overflow-x: auto; } ul.points li { margin: .4rem 0; }
+.callout { border-left: 4px solid #2a6fdb; background: var(--card); padding: .8rem 1rem; border-radius: 0 6px 6px 0; }
+.callout p { margin: .3rem 0 0; } .callout strong { font-size: 1.15rem; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; 
+  font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; }
 """
 
@@ -98,10 +99,8 @@ def tiles(pictures: Iterable[tuple[bytes, str]]) -> str:
     """Return small JPEG pictures with captions in a row that wraps."""
     items = []
     for data, caption in pictures:
-        encoded = base64.b64encode(data).decode()
-        items.append(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{encoded}"><figcaption>{escape(caption)}</figcaption></figure>'
-        )
+        picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+        items.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="tiles">{"".join(items)}</div>'
 
 
