@@ -421,7 +421,7 @@ def test_interrupted_run_says_so_and_goes_on(tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not list((tmp_path / "out" / ".parts").glob("*.parquet")):
+    while process.poll() is None and not list((tmp_path / "out" / ".parts").glob("*.parquet")):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     output, messages = process.communicate(timeout=30)
