@@ -97,7 +97,7 @@ def read_grid(named: str) -> Grid:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _parse_file(path, path.stem)
     hint = did_you_mean(named, presets())
-    raise UsageError(f'there is no preset "{named}"{hint}; or name a grid file, such as grid.yaml, or --vary')
+    raise UsageError(f'there is no preset and no grid file "{named}"{hint}')
 
 
 def _parse_file(path: Path, name: str) -> Grid:

@@ -17,15 +17,13 @@ from mefem_cli.stores import product
 if TYPE_CHECKING:
     from rich.table import Table
 
-NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 SIGNIFICANT_DIGITS = 6
 OK, FAILED = "ok", "failed"
 CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."
 CAPTION_SEEDS = (
-    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
-    "t-intervals of the mean. Its variance is that of the bootstrap over people (more seeds do not shrink it, as all see "
-    "the same people) plus the variance between seeds divided by their number. results.csv has each seed with its own "
-    "bootstrap interval."
+    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % intervals "
+    "of the mean, from the bootstrap over people (more seeds do not shrink it, as all see the same people) and the "
+    "t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
 )
 
 
@@ -119,9 +117,10 @@ def _means(scores: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]
 def mean_interval(intervals: list[dict[str, float | None]]) -> tuple[float, float, float]:
     """Return the mean over seeds with its 95 % interval, from each seed's `value, low, high`; NaN where undefined.
 
-    One seed keeps its bootstrap interval. Several: Var(mean) = W + B / S, with W the mean bootstrap variance (all seeds
-    see the same people, so it does not shrink) and B the variance between S seeds; a t-interval with Satterthwaite's
-    degrees of freedom, (S - 1) (1 + W S / B)^2, as only B is estimated from few values.
+    One seed keeps its bootstrap interval. Of several, two half-widths are added in quadrature: the bootstrap's over
+    people (the root mean square over seeds: all see the same people, so it does not shrink) and the t-interval's over
+    seeds, t(S - 1) * sqrt(B / S), with B the variance between S seeds. Cochran's approximation: exact where one of the
+    two dominates, a little wide between (a test simulates it).
     """
     from scipy.special import stdtrit
 
@@ -134,10 +133,9 @@ def mean_interval(intervals: list[dict[str, float | None]]) -> tuple[float, floa
     count = len(triples)
     mean = sum(value for value, _, _ in triples) / count
     between = sum((value - mean) ** 2 for value, _, _ in triples) / (count - 1)
-    within = sum(((high - low) / (2 * NORMAL_95)) ** 2 for _, low, high in triples) / count
-    freedom = (count - 1) * (1 + within * count / between) ** 2 if between > 0 else math.inf
-    quantile = NORMAL_95 if freedom > 1e6 else float(stdtrit(freedom, 0.975))
-    half = quantile * math.sqrt(within + between / count)
+    of_people = sum(((high - low) / 2) ** 2 for _, low, high in triples) / count
+    of_seeds = float(stdtrit(count - 1, 0.975)) ** 2 * between / count
+    half = math.sqrt(of_people + of_seeds)
     return mean, mean - half, mean + half
 
 

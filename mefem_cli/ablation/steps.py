@@ -68,7 +68,7 @@ def resolve_name(typed: str) -> str:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
     if step not in STEPS or option not in options(step):
         if option in OWNED:
-            raise UsageError(f"ablate: --{option.replace('_', '-')} is set for each cell by ablate itself")
+            raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
         raise UsageError(f'there is no option "{typed}"{_nearest(option, known)}')
     first = next(one for one in STEPS if option in options(one))

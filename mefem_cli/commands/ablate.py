@@ -72,8 +72,8 @@ def _plan_summary(plan: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, plan["seeds"]))
     machine = f"on GPUs {', '.join(plan['gpus'])}" if plan["gpus"] else "without a GPU"
     return (
-        f"{len(plan['cells'])} cells, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
-        f"{plan['pretrainings']} pretrainings (seeds {seeds}), of which {plan['to_train']} to train: "
+        f"cells: {len(plan['cells'])}, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
+        f"pretrainings: {plan['pretrainings']} (seeds {seeds}), of which {plan['to_train']} to train: "
         f"about {plan['steps']:,} steps, {plan['jobs']} at once {machine}\n"
         f"-> {plan['out']}"
     )
