@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ def test_readme_gives_the_two_commands_and_the_four_lines_on_its_first_screens()
     ):
         assert line in beginning
     assert detector.SYSTEM_PACKAGES in beginning
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line.strip() for line in read(script).splitlines()]
+    assert [line for line in lines if line.startswith("run pip install")] == ['run pip install --quiet ".[dev]"']
+    assert lines[-1] == "run pytest"  # a reader of the log finds pytest's summary at its end
 
 
 # The reference -------------------------------------------------------------------------------------------------------
@@ -148,6 +158,7 @@ def test_the_method_names_its_code() -> None:
     assert len(set(CODE_NAME.findall(read(ROOT / "docs" / "method.md")))) >= 20
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Return functions, classes, their members and constants of a module."""
     found: set[str] = set()
