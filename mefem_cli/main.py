@@ -148,14 +148,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(
-    no_args_is_help=True, context_settings={"auto_envvar_prefix": "MEFEM", "help_option_names": ["--help", "-h"]}
+VERSION_OPTION = typer.Option(
+    "--version",
+    help="Print the version.",
+    callback=_print_version,
+    is_eager=True,
+    allow_from_autoenv=False,  # a variable MEFEM_VERSION, as container images set, is not meant for it
 )
-def mefem(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+
+
+@app.callback(context_settings={"auto_envvar_prefix": "MEFEM", "help_option_names": ["--help", "-h"]})
+def mefem(version: Annotated[bool, VERSION_OPTION] = False) -> None:
     """Self-supervised face embeddings for medicine and anthropometry.
 
     photos -> crops -> encoder -> features -> scores with intervals. Try: mefem demo
@@ -165,7 +168,7 @@ def mefem(
 def main() -> None:
     """Run the program: exit codes as in the docs, one line for what a user can mend."""
     try:
-        code = typer.main.get_command(app)(standalone_mode=False)
+        code = typer.main.get_command(app)(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # Typer makes a silent exit code of Ctrl-C
             raise KeyboardInterrupt
     except MefemError as error:

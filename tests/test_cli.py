@@ -91,7 +91,7 @@ for words in ([], *([name] for name in main.COMMANDS)):
 
 def run_python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        [sys.executable, *words], capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL
     )
 
 
@@ -113,6 +113,18 @@ def test_the_program_lists_its_commands(mefem: Run) -> None:
     code, stdout, _ = mefem("--help")
     assert code == 0
     assert all(f"  {command}  " in stdout for command in main.COMMANDS)
+
+
+def test_without_a_command_the_help_is_shown(mefem: Run) -> None:
+    assert mefem() == mefem("--help")
+
+
+def test_a_variable_named_like_the_version_is_no_wish_to_see_it(
+    mefem: Run, stub: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEFEM_VERSION", "1")
+    assert mefem("crop") == (0, "", "")
+    assert stub.seen is not None
 
 
 def test_the_package_is_a_program_too() -> None:
@@ -384,7 +396,7 @@ def test_a_waiting_command_is_stopped_by_ctrl_c() -> None:
         assert "waiting for a feature store" in told
         assert time.monotonic() - begun > 1.9
         waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(20) == 130
+        assert waiting.wait(60) == 130
         assert "Ctrl-C" in waiting.stderr.read()
         assert waiting.stdout.read() == ""
 
