@@ -75,7 +75,9 @@ def _exit_codes() -> Iterator[str]:
     meanings = {kind.exit_code: (inspect.getdoc(kind) or "") for kind in kinds if kind is not errors.MefemError}
     meanings[0] = "All went well."
     meanings[main.BUG] = "A bug, or an installation that is not whole; of a bug the traceback is in the file named."
-    meanings[main.INTERRUPTED] = "Stopped by Ctrl-C; the same command goes on (`mefem pretrain` with `--resume`)."
+    meanings[main.INTERRUPTED] = (
+        "Stopped by Ctrl-C; typed again, the command completes its work (`mefem pretrain` with `--resume`)."
+    )
     for code in sorted(meanings):
         yield f"| {code} | {meanings[code]} |"
 
