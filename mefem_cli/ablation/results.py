@@ -21,9 +21,9 @@ SIGNIFICANT_DIGITS = 6
 OK, FAILED = "ok", "failed"
 CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."
 CAPTION_SEEDS = (
-    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % intervals "
-    "of the mean, from the bootstrap over people (more seeds do not shrink it, as all see the same people) and the "
-    "t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
+    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
+    "intervals of the mean, from the bootstrap over people (more seeds do not shrink it: all see the same people) and "
+    "the t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
 )
 
 
