@@ -8,4 +8,4 @@ from pathlib import Path
 from mefem_cli.demo import write_pixel_store
 from mefem_cli.stores.crops import Crops
 
-write_pixel_store(Crops.open(*map(Path, sys.argv[2:])), Path(sys.argv[1]))
+write_pixel_store(Path(sys.argv[1]), Crops.open(*map(Path, sys.argv[2:])), seed=0)

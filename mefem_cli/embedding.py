@@ -49,7 +49,9 @@ class Job:
     out: Path
 
     @classmethod
-    def prepare(cls, folders: list[Path], options: EmbedOptions, machine: DeviceOptions, product: ProductOptions) -> Job:
+    def prepare(
+        cls, folders: list[Path], options: EmbedOptions, machine: DeviceOptions, product: ProductOptions
+    ) -> Job:
         """Load the encoder and open the crops. Raises MefemError for whatever is missing or does not fit."""
         path = Path(options.model) if options.model else runs.latest_run(RUNS)
         encoder, description, weights = vit.load_encoder(path, options.encoder)
@@ -78,7 +80,10 @@ class Job:
         kept = self._reusable_rows(old)
         done = set(old.ids[kept]) if old is not None else set()
         missing = np.array([row for row, name in enumerate(self.crops.ids) if name not in done], dtype=int)
-        sizes = {"embed_dim": self.encoder.embed_dim, "num_patches": self.encoder.num_patches if self.options.patches else 0}
+        sizes: dict[str, Any] = {
+            "embed_dim": self.encoder.embed_dim,
+            "num_patches": self.encoder.num_patches if self.options.patches else 0,
+        }
         writer = FeatureWriter(
             self.out, self._provenance(), dtype=self.options.dtype, has_cls=self.encoder.class_token, **sizes
         )

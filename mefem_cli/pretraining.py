@@ -18,7 +18,7 @@ from mefem_cli.engine.fit import Trainer
 from mefem_cli.engine.monitors import split_monitor_faces
 from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream
-from mefem_cli.errors import NoInputError, OutputError
+from mefem_cli.errors import OutputError
 from mefem_cli.parts import Given
 from mefem_cli.stores import runs
 from mefem_cli.stores.crops import Crops
@@ -29,7 +29,20 @@ RUNS = Path("runs")
 SUBJECT_LABELS = ("subject", "patient")
 # Options that a resumed run may change, and those that say how a command runs rather than what it makes.
 FREE_ON_RESUME = frozenset(
-    "workers device epochs checkpoint_every out overwrite resume dry_run quiet json config debug".split()
+    [
+        "workers",
+        "device",
+        "epochs",
+        "checkpoint_every",
+        "out",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "quiet",
+        "json",
+        "config",
+        "debug",
+    ]
 )
 
 
@@ -69,7 +82,9 @@ class Job:
         crops = Crops.open(*folders)
         if product.limit is not None:
             crops = crops.select(range(min(product.limit, len(crops))))
-        training_rows, monitor_rows = split_monitor_faces(len(crops), _subjects(crops), train_options.monitor, product.seed)
+        training_rows, monitor_rows = split_monitor_faces(
+            len(crops), _subjects(crops), train_options.monitor, product.seed
+        )
         plan = make_plan(train_options, len(training_rows), device_options.batch_size)
         objective_options = objective_module.resolve(
             objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
@@ -96,7 +111,9 @@ class Job:
         if recorded:
             changes = difference(recorded, config, FREE_ON_RESUME | {"ema"} if "epochs" in given else FREE_ON_RESUME)
             if changes:
-                raise OutputError(f"{product.out}: the run was started with other options: {changes}; resume without them")
+                raise OutputError(
+                    f"{product.out}: the run was started with other options: {changes}; resume without them"
+                )
         for name in given.unused:
             console.warn(f"--{name.replace('_', '-')} has no effect here")
         run = Run(Path(product.out) if product.out else _new_run_path(config))
@@ -130,7 +147,9 @@ class Job:
             self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
 
 
-def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], product: ProductOptions) -> tuple[Given, list[Path]]:
+def _with_record(
+    given: Given, folders: list[Path], recorded: dict[str, Any], product: ProductOptions
+) -> tuple[Given, list[Path]]:
     """Fill what was not given from the run's own record."""
     run_path = Path(product.out) if product.out else runs.newest_unfinished(RUNS)
     if runs.Run(run_path).is_finished and "epochs" not in given:

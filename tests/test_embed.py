@@ -32,7 +32,9 @@ def make_run(folder: Path, seed: int = 0, class_token: bool = True) -> Path:
     """A finished run without training: two encoders that differ."""
     torch.manual_seed(seed)
     encoder = vit.build(BACKBONE, class_token)
-    objective = mefem.build(mefem.Options(cls_prob=0.5 if class_token else None, predictor_depth=1), encoder, parts.Given({"width": 2}))
+    objective = mefem.build(
+        mefem.Options(cls_prob=0.5 if class_token else None, predictor_depth=1), encoder, parts.Given({"width": 2})
+    )
     with torch.no_grad():
         for parameter in objective.target_encoder.parameters():
             parameter.add_(0.01)
@@ -60,11 +62,15 @@ def embed(work: Path, *folders: str, product: dict | None = None, machine: dict 
 @pytest.mark.parametrize(("which", "file"), [(None, "model.safetensors"), ("source", "source.safetensors")])
 def test_features_equal_plain_timm_on_the_same_weights(work, which, file):
     embed(work, encoder=which, patches=True, dtype="float32", machine={"batch_size": "7"})
-    plain = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=0)
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=0
+    )
     plain.load_state_dict(load_file(work / "run" / file))
     plain.eval()
     crops = Crops.open(work / "crops")
-    pixels = torch.stack([torch.from_numpy(decode(crops.read_bytes(row), 64).copy()) for row in range(30)]).permute(0, 3, 1, 2)
+    pixels = torch.stack([torch.from_numpy(decode(crops.read_bytes(row), 64).copy()) for row in range(30)]).permute(
+        0, 3, 1, 2
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
     with torch.inference_mode():
         expected = plain.forward_features((pixels / 255 - mean) / std).numpy()

@@ -26,10 +26,24 @@ from mefem_cli.errors import Diverged, NoInputError, OutputError, UsageError
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.runs import Run
 
-TINY_MODEL = (
-    "--backbone vit_tiny_patch16_224 --depth 1 --embed-dim 48 --num-heads 3 --image-size 64 --patch-size 8 "
-    "--predictor-depth 1 --precision fp32"
-).split()
+TINY_MODEL = [
+    "--backbone",
+    "vit_tiny_patch16_224",
+    "--depth",
+    "1",
+    "--embed-dim",
+    "48",
+    "--num-heads",
+    "3",
+    "--image-size",
+    "64",
+    "--patch-size",
+    "8",
+    "--predictor-depth",
+    "1",
+    "--precision",
+    "fp32",
+]
 CPU = Device(torch.device("cpu"), torch.float32, "test")
 
 
@@ -42,7 +56,9 @@ def crops_folder(tmp_path_factory) -> Path:
 
 def pretrain(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen:
     command = [sys.executable, "-m", "mefem_cli", "pretrain", *arguments]
-    process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     if wait:
         process.out, process.err = process.communicate(timeout=300)  # type: ignore[attr-defined]
     return process
@@ -51,7 +67,9 @@ def pretrain(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen:
 def comparable(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("images_per_second", "data_wait")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("images_per_second", "data_wait")} for row in rows
+    ]
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -263,9 +281,14 @@ def test_batches_hold_the_pixels_of_their_rows(tmp_path):
 
 
 def test_seeds_are_independent_streams():
-    draws = {tuple(torch.rand(3, generator=seeds.torch_generator(*key)).tolist()) for key in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]}
+    draws = {
+        tuple(torch.rand(3, generator=seeds.torch_generator(*key)).tolist())
+        for key in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]
+    }
     assert len(draws) == 4
-    assert seeds.numpy_generator(5, seeds.ORDER, 2).integers(1 << 40) == seeds.numpy_generator(5, seeds.ORDER, 2).integers(1 << 40)
+    assert seeds.numpy_generator(5, seeds.ORDER, 2).integers(1 << 40) == seeds.numpy_generator(
+        5, seeds.ORDER, 2
+    ).integers(1 << 40)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
@@ -290,7 +313,9 @@ def test_checkpoints_cannot_run_code(tmp_path):
 def test_a_checkpoint_of_another_model_names_what_does_not_fit(tmp_path):
     state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict()
     with pytest.raises(OutputError, match=r"1 missing \(2.weight\).*1 unexpected \(1.bias\)|missing"):
-        checkpoint.load_into(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)), state, tmp_path)
+        checkpoint.load_into(
+            nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)), state, tmp_path
+        )
     with pytest.raises(OutputError, match="another shape"):
         checkpoint.load_into(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), state, tmp_path)
 

@@ -38,7 +38,9 @@ def test_stripe_starts_follow_the_truncated_normal(grid, width):
     centres = centres[(centres >= 0) & (centres <= grid - 1)]
     starts = np.clip(np.round(centres - (width - 1) / 2), 0, grid - width).astype(int)
     counted = np.bincount(starts, minlength=grid - width + 1) / len(starts)
-    assert stripes.start_probabilities(grid, width).numpy() == pytest.approx(counted, abs=4 * math.sqrt(0.25 / len(starts)))
+    assert stripes.start_probabilities(grid, width).numpy() == pytest.approx(
+        counted, abs=4 * math.sqrt(0.25 / len(starts))
+    )
 
 
 def test_stripes_are_drawn_with_these_probabilities_on_both_axes():
@@ -93,7 +95,9 @@ def test_sizes_are_fixed(name, sizes, seed):
 @pytest.mark.parametrize("name", MASKERS)
 def test_the_same_seed_draws_the_same_masks(name):
     first, second, other = (MASKERS[name](14).draw(20, generator(seed)) for seed in (3, 3, 4))
-    assert all(torch.equal(a.source, b.source) and torch.equal(a.target, b.target) for a, b in zip(first, second, strict=True))
+    assert all(
+        torch.equal(a.source, b.source) and torch.equal(a.target, b.target) for a, b in zip(first, second, strict=True)
+    )
     assert not torch.equal(first[0].source, other[0].source)
 
 

@@ -97,7 +97,9 @@ def test_circular_weights_favour_the_centre():
 def reference_loss(objective: mefem.MeFEm, pictures: torch.Tensor, draws: list[Split]) -> float:
     """Contract section 4 in float64, token by token, through timm's own forward passes."""
     objective = copy.deepcopy(objective).double()
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (vit.IMAGENET_MEAN, vit.IMAGENET_STD)
+    )
     pixels = (pictures.double() / 255 - mean) / std
     targets = objective.target_encoder.vit.forward_features(pixels)
     source_vit = objective.source_encoder.vit
@@ -149,7 +151,9 @@ def test_the_target_gets_no_gradient_and_the_rest_does():
     losses, _ = objective(images(4, 64), objective.draw(4, generator()))
     losses["prediction"].backward()
     assert all(parameter.grad is None for parameter in objective.target_encoder.parameters())
-    without = [name for name, parameter in objective.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    without = [
+        name for name, parameter in objective.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     assert without == []
 
 
@@ -161,7 +165,9 @@ def test_masks_per_image_average_over_draws_that_share_one_target_pass():
     objective.target_encoder.register_forward_hook(lambda *_: passes.append(1))
     together = objective(pictures, draws)[0]["prediction"].item()
     assert len(passes) == 1
-    assert together == pytest.approx(sum(objective(pictures, [one])[0]["prediction"].item() for one in draws) / 3, rel=1e-5)
+    assert together == pytest.approx(
+        sum(objective(pictures, [one])[0]["prediction"].item() for one in draws) / 3, rel=1e-5
+    )
 
 
 def test_ema_moves_every_weight_by_the_closed_form():
@@ -185,7 +191,9 @@ def test_the_encoder_is_timms_own_with_or_without_a_subset_of_tokens():
     torch.manual_seed(0)
     encoder = vit.build(vit.Options(image_size=64, patch_size=8, **TINY))
     pictures = images(2, 64)
-    pixels = (pictures.float() / 255 - torch.tensor(vit.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(vit.IMAGENET_STD).view(3, 1, 1)
+    pixels = (pictures.float() / 255 - torch.tensor(vit.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+        vit.IMAGENET_STD
+    ).view(3, 1, 1)
     expected = encoder.vit.forward_features(pixels)
     patches = encoder.patchify(pictures)
     assert torch.allclose(encoder(patches), expected, atol=1e-5)
@@ -209,7 +217,9 @@ def test_hidden_patches_do_not_leak_into_the_source():
 def test_state_dict_has_timms_names_and_shapes():
     encoder = vit.build(vit.Options())
     plain = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
-    assert {name: value.shape for name, value in encoder.vit.state_dict().items()} == {n: v.shape for n, v in plain.items()}
+    assert {name: value.shape for name, value in encoder.vit.state_dict().items()} == {
+        n: v.shape for n, v in plain.items()
+    }
 
 
 def test_predictor_has_half_the_width_six_blocks_and_the_encoders_heads():
@@ -247,11 +257,22 @@ def test_baselines_know_only_position_or_nothing():
     losses = objective.baselines(pictures, draws, mean_target)
     assert losses["position"] < losses["mean"]
     assert losses["model"].item() == pytest.approx(objective(pictures, draws)[0]["prediction"].item(), rel=1e-6)
-    single = objective.baselines(pictures[:1], [Split(d.source[:1], d.target[:1]) for d in draws], objective.token_targets(pictures[:1])[0])
+    single = objective.baselines(
+        pictures[:1], [Split(d.source[:1], d.target[:1]) for d in draws], objective.token_targets(pictures[:1])[0]
+    )
     assert single["position"] == 0
 
 
-@pytest.mark.parametrize("name", ["vit_smal_patch16_224", "resnet50", "vit_base_patch16_clip_224", "vit_small_patch14_reg4_dinov2", "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_smal_patch16_224",
+        "resnet50",
+        "vit_base_patch16_clip_224",
+        "vit_small_patch14_reg4_dinov2",
+        "beit_base_patch16_224",
+    ],
+)
 def test_unfit_backbones_are_refused(name):
     with pytest.raises(UsageError, match="--backbone"):
         vit.build(vit.Options(backbone=name))

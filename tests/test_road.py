@@ -25,13 +25,15 @@ def photos(tmp_path_factory) -> Path:
 def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run a command line with `mefem` standing for this Python's."""
     script = f'set -o pipefail; mefem() {{ "{sys.executable}" -m mefem_cli "$@"; }}; {command}'
-    return subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        ["bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
 
 
 def test_crop_pretrain_embed_probe_in_one_pipe(photos):
     done = shell(
-        f"mefem crop photos --labels labels.csv | mefem pretrain {TINY} | mefem embed --patches | mefem probe bmi --json "
-        "--epochs 2 --bootstraps 200",
+        f"mefem crop photos --labels labels.csv | mefem pretrain {TINY} | mefem embed --patches | "
+        "mefem probe bmi --json --epochs 2 --bootstraps 200",
         photos,
     )
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,7 @@ def _create_timm_vit(options: Options, class_token: bool) -> Any:
     if options.backbone not in names:
         raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{did_you_mean(options.backbone, names)}')
     overrides = {"depth": options.depth, "embed_dim": options.embed_dim, "num_heads": options.num_heads}
-    settings = {name: value for name, value in overrides.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     try:
         vit = timm.create_model(
             options.backbone,
@@ -172,7 +172,9 @@ def sincos_positions(dim: int, grid_size: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
-def save_encoder(run: Run, encoders: dict[str, ViTEncoder], crop_rule: dict[str, Any], provenance: dict[str, Any]) -> None:
+def save_encoder(
+    run: Run, encoders: dict[str, ViTEncoder], crop_rule: dict[str, Any], provenance: dict[str, Any]
+) -> None:
     """Write a run's encoders with timm's parameter names, then model.json, which describes and completes them."""
     for name, encoder in encoders.items():
         state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}

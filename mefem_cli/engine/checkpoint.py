@@ -31,7 +31,9 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise OutputError(f"{path}: not a mefem checkpoint; type --overwrite to train anew")
     if state["version"] > VERSION:
-        raise OutputError(f"{path}: version {state['version']} is from a newer mefem; upgrade with pip install -U mefem-cli")
+        raise OutputError(
+            f"{path}: version {state['version']} is from a newer mefem; upgrade with pip install -U mefem-cli"
+        )
     return state
 
 

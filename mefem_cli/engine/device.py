@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import device as torch_device
+from torch import dtype as torch_dtype  # the field named `torch` would hide them
 
 from mefem_cli import console
 from mefem_cli.errors import UsageError
@@ -26,8 +29,8 @@ class DeviceOptions:
 class Device:
     """Where tensors live and in which precision matrix products run."""
 
-    torch: torch.device
-    dtype: torch.dtype
+    torch: torch_device
+    dtype: torch_dtype
     reason: str
 
     @property
@@ -35,7 +38,7 @@ class Device:
         """Whether this is an NVIDIA (or ROCm) GPU."""
         return self.torch.type == "cuda"
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which forward passes run; it does nothing in fp32."""
         return torch.autocast(self.torch.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
@@ -65,7 +68,9 @@ def _torch_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"--device {device}: wanted auto, cpu, cuda, cuda:N or mps") from error
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        raise UsageError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: not available on this machine; try --device cpu")
     if chosen.type not in ("cpu", "cuda", "mps"):

@@ -53,7 +53,9 @@ class Trainer:
     so a run that was stopped and resumed is the run that was not.
     """
 
-    def __init__(self, objective: Any, stream: ImageStream, rows: np.ndarray, plan: Plan, device: Device, run: Run, seed: int):
+    def __init__(
+        self, objective: Any, stream: ImageStream, rows: np.ndarray, plan: Plan, device: Device, run: Run, seed: int
+    ):
         self.objective = objective.to(device.torch)
         self.stream, self.rows, self.plan, self.device, self.run, self.seed = stream, rows, plan, device, run, seed
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -102,7 +104,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Forward, backward, optimiser, EMA; nothing waits for the device. Return measures and schedules' values."""
-        draws = to_device(self.objective.draw(len(batch.index), seeds.torch_generator(self.seed, seeds.MASKS, self.step)), self.device)
+        draws = to_device(
+            self.objective.draw(len(batch.index), seeds.torch_generator(self.seed, seeds.MASKS, self.step)), self.device
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(self.step)
             group["weight_decay"] = self.plan.weight_decay_at(self.step) if group["decays"] else 0.0
@@ -112,7 +116,9 @@ class Trainer:
                 break
             except torch.OutOfMemoryError:
                 self._halve_micro_batch(len(batch.index))
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        grad_norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        )
         self._step_unless_non_finite(grad_norm)
         return {**losses, "grad_norm": grad_norm}, self.objective.after_step(self.step, self.plan.total_steps)
 
@@ -125,10 +131,15 @@ class Trainer:
             part = slice(start, min(start + micro, num_faces))
             share = (part.stop - part.start) / num_faces
             with self.device.autocast():
-                terms, statistics = self.objective(images[part], map_tensors(draws, lambda tensor, part=part: tensor[part]))
+                terms, statistics = self.objective(
+                    images[part], map_tensors(draws, lambda tensor, part=part: tensor[part])
+                )
             loss = torch.stack(list(terms.values())).sum() * share
             loss.backward()
-            named = {"loss": loss, **({f"loss_{name}": term * share for name, term in terms.items()} if len(terms) > 1 else {})}
+            named = {
+                "loss": loss,
+                **({f"loss_{name}": term * share for name, term in terms.items()} if len(terms) > 1 else {}),
+            }
             for name, value in {**named, **{name: value * share for name, value in statistics.items()}}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         return totals
@@ -156,7 +167,8 @@ class Trainer:
             raise OutOfMemory("out of memory with one face at a time; try a smaller --backbone or --image-size")
         self.optimizer.zero_grad(set_to_none=True)
         self.accumulate *= 2
-        message = f"out of memory: going on with micro-batches of {math.ceil(num_faces / self.accumulate)} of {num_faces} faces"
+        micro = math.ceil(num_faces / self.accumulate)
+        message = f"out of memory: going on with micro-batches of {micro} of {num_faces} faces"
         console.warn(message)
         self.run.log(message)
 
@@ -180,16 +192,25 @@ class Trainer:
         measured: dict[str, float] = {}
         if len(monitor_rows):
             num_reference = min(max(len(self.rows) // 10, MIN_REFERENCE_FACES), MAX_REFERENCE_FACES, len(self.rows))
-            reference = seeds.numpy_generator(self.seed, seeds.MONITOR, 1).choice(self.rows, num_reference, replace=False)
+            reference = seeds.numpy_generator(self.seed, seeds.MONITOR, 1).choice(
+                self.rows, num_reference, replace=False
+            )
             pairs = monitors.health(self.objective, self.stream, monitor_rows, reference, self.device, self.seed)
             measured = {name: round(value, 6) for name, value in pairs}
         epoch = self.step // self.plan.steps_per_epoch if self.plan.steps_per_epoch else 0
         self.run.append_metrics(
-            {"kind": "epoch", "step": self.step, "epoch": epoch, "samples": self.step * self.plan.batch_size, **row, **measured}
+            {
+                "kind": "epoch",
+                "step": self.step,
+                "epoch": epoch,
+                "samples": self.step * self.plan.batch_size,
+                **row,
+                **measured,
+            }
         )
-        shown = {name: measured[name] for name in ("rankme", "loss_over_position") if name in measured}
-        described = ", ".join(f"{name} {value:.3f}" for name, value in {**({"loss": row["loss"]} if row else {}), **shown}.items())
-        self.run.log(f"epoch {epoch}: {described}")
+        shown = ("loss", "rankme", "loss_over_position")
+        described = [f"{name} {value:.3f}" for name, value in {**row, **measured}.items() if name in shown]
+        self.run.log(f"epoch {epoch}: {', '.join(described)}")
 
     def save_checkpoint(self, meter: _Meter) -> None:
         """Write last.ckpt."""
@@ -221,6 +242,7 @@ class _Meter:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.schedules: dict[str, float] = {}
+        self.sums: dict[str, torch.Tensor] = {}
         self._epoch_rows: list[tuple[int, dict[str, Any]]] = []
         self._reset_window()
 
@@ -234,7 +256,7 @@ class _Meter:
         self.steps, self.faces, self._epoch_rows = state["steps"], state["faces"], state["epoch_rows"]
 
     def _reset_window(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums = {}
         self.steps = self.faces = 0
         self.begun = time.perf_counter()
         self.waited_before = self.trainer.stream.waited
@@ -280,7 +302,8 @@ class _Meter:
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Split trained parameters: matrices and convolutions decay; biases, norms, tokens and positions do not."""
-    decaying, constant = [], []
+    decaying: list[nn.Parameter] = []
+    constant: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_token = any(word in name for word in ("token", "position", "pos_embed"))
@@ -297,7 +320,9 @@ class _Stop:
         run.log(f"stopped by signal {self.signal} after saving {run.checkpoint_path.name}")
         if self.signal == signal.SIGINT:
             return KeyboardInterrupt()
-        return Stopped(f"stopped by signal {self.signal} with a checkpoint saved; go on with mefem pretrain --resume -o {run.path}")
+        return Stopped(
+            f"stopped by signal {self.signal} with a checkpoint saved; go on with mefem pretrain --resume -o {run.path}"
+        )
 
 
 @contextmanager

@@ -23,7 +23,9 @@ MAX_SHARE = 0.05  # of the faces are set aside
 MONITOR_BATCH = 64
 
 
-def split_monitor_faces(num_faces: int, subjects: np.ndarray | None, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_monitor_faces(
+    num_faces: int, subjects: np.ndarray | None, wanted: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Set aside whole subjects for monitoring; return (training rows, monitor rows), both sorted.
 
     At most `wanted` and at most 5 % of the faces; none if that leaves fewer than 8. Without `subjects` each face is

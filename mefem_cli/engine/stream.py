@@ -84,7 +84,9 @@ class ImageStream:
             self._report_corrupt(index[~readable])
         present = [image for image in images if image is not None]
         if not present:
-            raise NoInputError(f"no crop of a whole batch can be read, such as {self.crops.ids[int(index[0])]}; rerun mefem crop")
+            raise NoInputError(
+                f"no crop of a whole batch can be read, such as {self.crops.ids[int(index[0])]}; rerun mefem crop"
+            )
         stand_in = iter(present * len(images))
         stacked = torch.from_numpy(np.stack([next(stand_in) if image is None else image for image in images]))
         if device.type == "cuda":

@@ -54,7 +54,9 @@ class Multiblock:
         self.grid_size = grid_size
         self._scale = grid_size * grid_size / PAPER_GRID_PATCHES
         if min(self.num_source(mode) for mode in MODES) < 1:
-            raise UsageError(f"--mask multiblock: a grid of {grid_size} x {grid_size} patches is too small; wanted 5 or more a side")
+            raise UsageError(
+                f"--mask multiblock: a grid of {grid_size} x {grid_size} patches is too small; wanted 5 or more a side"
+            )
 
     def num_source(self, mode: Mode) -> int:
         """Return the mode's fixed number of source patches on this grid."""
@@ -77,7 +79,9 @@ class Multiblock:
                 break
             covered[too_few] = self._draw_blocks(mode, int(too_few.sum()), generator)
         else:
-            raise UsageError(f"--mask multiblock: its blocks do not fit a grid of {self.grid_size}; try a smaller --patch-size")
+            raise UsageError(
+                f"--mask multiblock: its blocks do not fit a grid of {self.grid_size}; try a smaller --patch-size"
+            )
         source = _choose(~covered, self.num_source(mode), generator)
         return Split(farthest_last(source, self.grid_size), _choose(covered, self.num_target(mode), generator))
 

@@ -26,7 +26,9 @@ class Quadrants:
 
     def __init__(self, grid_size: int):
         if grid_size % 2:
-            raise UsageError(f"--mask quadrants: a grid of {grid_size} x {grid_size} patches has no quadrants; wanted an even side")
+            raise UsageError(
+                f"--mask quadrants: a grid of {grid_size} x {grid_size} patches has no quadrants; wanted an even side"
+            )
         self.grid_size = grid_size
         half = grid_size // 2
         patches = torch.arange(grid_size * grid_size).view(grid_size, grid_size)

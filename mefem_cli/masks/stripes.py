@@ -33,7 +33,9 @@ class Stripes:
 
     def __init__(self, grid_size: int, width: int = 3, spread: float = 0.175):
         if not 1 <= width < grid_size:
-            raise UsageError(f"--width {width}: a grid of {grid_size} patches has stripes of 1 to {grid_size - 1}; try --width 3")
+            raise UsageError(
+                f"--width {width}: a grid of {grid_size} patches has stripes of 1 to {grid_size - 1}; try --width 3"
+            )
         if not spread > 0:
             raise UsageError(f"--spread {spread}: wanted a positive share of the grid; try --spread 0.175")
         self.grid_size = grid_size
@@ -66,7 +68,9 @@ def start_probabilities(grid_size: int, width: int, spread: float = 0.175) -> to
     def mass_below(c: float) -> float:
         return 0.5 * (1 + math.erf((c - last / 2) / (spread * grid_size * math.sqrt(2))))
 
-    inner_edges = [start + width / 2 for start in range(num_starts - 1)]  # c at which the start changes: s + 1/2 + (w-1)/2
+    inner_edges = [
+        start + width / 2 for start in range(num_starts - 1)
+    ]  # c at which the start changes: s + 1/2 + (w-1)/2
     below = [mass_below(c) for c in (0.0, *inner_edges, float(last))]
     mass = torch.tensor([high - low for low, high in zip(below[:-1], below[1:], strict=True)], dtype=torch.float64)
     return mass / mass.sum()

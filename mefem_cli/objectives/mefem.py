@@ -108,7 +108,9 @@ class MeFEm(nn.Module):
 
     # The three steps of the method ------------------------------------------------------------------------------
 
-    def forward(self, images: torch.Tensor, draws: list[Split]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def forward(
+        self, images: torch.Tensor, draws: list[Split]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the named loss terms (their sum is minimised) and named statistics of uint8 images [B, 3, S, S]."""
         patches = self.source_encoder.patchify(images)
         targets = self.targets(patches)  # [B, N, D], N all tokens
@@ -225,14 +227,18 @@ class Predictor(nn.Module):
 
         width = width or encoder.embed_dim // 2
         if width % encoder.num_heads or width % 4:
-            raise UsageError(f"--predictor-width {width}: wanted a multiple of 4 and of the encoder's {encoder.num_heads} heads")
+            raise UsageError(
+                f"--predictor-width {width}: wanted a multiple of 4 and of the encoder's {encoder.num_heads} heads"
+            )
         self.embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_position = nn.Parameter(torch.zeros(1, width)) if encoder.class_token else None
         self.register_buffer("patch_positions", sincos_positions(width, encoder.grid_size), persistent=False)
         self.patch_positions: torch.Tensor
         norm: Any = nn.LayerNorm
-        self.blocks = nn.Sequential(*(Block(width, encoder.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, encoder.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, encoder.embed_dim)
         self.apply(_init_linear)

@@ -27,6 +27,8 @@ def print_plan(job: Job) -> None:
     num_values = sum(parameter.numel() for parameter in job.objective.parameters())
     trained = sum(parameter.numel() for parameter in job.objective.parameters() if parameter.requires_grad)
     seconds_per_face = _time_step(job)
+    seconds = seconds_per_face * job.plan.batch_size * job.plan.total_steps
+    num_bytes = 4 * (num_values + 2 * trained) + 8 * trained  # weights, both encoders twice, two moments
     plan = {
         "out": str(job.run.path.absolute()),
         "crops": len(job.crops),
@@ -36,8 +38,8 @@ def print_plan(job: Job) -> None:
         "batch_size": job.plan.batch_size,
         "steps": job.plan.total_steps,
         "device": str(job.device),
-        "estimated_seconds": round(seconds_per_face * job.plan.batch_size * job.plan.total_steps),
-        "estimated_bytes": 4 * (num_values + 2 * trained) + 8 * trained,
+        "estimated_seconds": round(seconds),
+        "estimated_bytes": num_bytes,
         "options": job.config,
     }
     if console.wants_json():
@@ -49,8 +51,8 @@ def print_plan(job: Job) -> None:
     for name, value in plan.items():
         if name not in ("options", "estimated_bytes", "estimated_seconds"):
             shown.add_row(name.replace("_", " "), str(value))
-    shown.add_row("estimated time", f"{plan['estimated_seconds'] / 60:.1f} min, from {TIMED_FACES} faces just timed")
-    shown.add_row("estimated disk", f"{plan['estimated_bytes'] / 1e6:.0f} MB")
+    shown.add_row("estimated time", f"{seconds / 60:.1f} min, from {TIMED_FACES} faces just timed")
+    shown.add_row("estimated disk", f"{num_bytes / 1e6:.0f} MB")
     for name, value in job.config.items():
         shown.add_row(f"--{name.replace('_', '-')}", str(value))
     console.table(shown)
@@ -68,7 +70,9 @@ def _time_step(job: Job) -> float:
         with device.autocast():
             losses, _ = objective(images, draws)
         torch.stack(list(losses.values())).sum().backward()
-        torch.stack([parameter.grad.sum() for parameter in objective.parameters() if parameter.grad is not None][:1]).cpu()
+        torch.stack(
+            [parameter.grad.sum() for parameter in objective.parameters() if parameter.grad is not None][:1]
+        ).cpu()
         seconds = time.perf_counter() - begun
     return seconds / TIMED_FACES
 
@@ -80,10 +84,14 @@ def write_report(run: Run) -> Path:
     body = [html.heading("Is it healthy?"), *(html.paragraph(sentence) for sentence in judge(epochs))]
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
-        body += [html.heading("Loss"), html.figure(_draw_loss(run, steps, epochs), "Loss, learning rate and gradient norm by step.")]
+        body += [
+            html.heading("Loss"),
+            html.figure(_draw_loss(run, steps, epochs), "Loss, learning rate and gradient norm by step."),
+        ]
     if any("rankme" in row for row in epochs):
         caption = (
-            "Measured after each epoch on faces that are never trained on. RankMe: how many directions the features use. "
+            "Measured after each epoch on faces that are never trained on. RankMe: how many directions the features "
+            "use. "
             "Loss over position: 1 means no better than a predictor that knows only where a patch lies."
         )
         body += [html.heading("Health"), html.figure(_draw_health(run, epochs), caption)]
@@ -100,8 +108,9 @@ def judge(epochs: list[dict[str, Any]]) -> list[str]:
         return ["There were too few faces to set some aside, so the encoder's health was not measured."]
     first = epochs[0]
     sentences = [
-        f"RankMe of the mean features is {last['rankme']:.1f} ({last['rankme_centred']:.1f} about the mean face); it began at "
-        f"{first['rankme']:.1f} ({first['rankme_centred']:.1f}). Their standard deviation over faces is {last['feature_std']:.3f}.",
+        f"RankMe of the mean features is {last['rankme']:.1f} ({last['rankme_centred']:.1f} about the mean face); it "
+        f"began at {first['rankme']:.1f} ({first['rankme_centred']:.1f}). Their standard deviation over faces is "
+        f"{last['feature_std']:.3f}.",
         f"The loss is {last['loss_over_position']:.3f} of that of a predictor that knows only the position.",
     ]
     if last["loss_over_position"] > COLLAPSE_RATIO and last["epoch"] > 0:
@@ -115,10 +124,22 @@ def judge(epochs: list[dict[str, Any]]) -> list[str]:
 def _draw_loss(run: Run, steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> Path:
     plt = _pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
-    top.plot([row["step"] for row in steps], [row["loss"] for row in steps], color=ACCENT, linewidth=1.2, label="training loss")
+    top.plot(
+        [row["step"] for row in steps],
+        [row["loss"] for row in steps],
+        color=ACCENT,
+        linewidth=1.2,
+        label="training loss",
+    )
     held_out = [row for row in epochs if "monitor_loss" in row]
     if held_out:
-        top.plot([row["step"] for row in held_out], [row["monitor_loss"] for row in held_out], ".-", color=SECOND, label="held-out faces")
+        top.plot(
+            [row["step"] for row in held_out],
+            [row["monitor_loss"] for row in held_out],
+            ".-",
+            color=SECOND,
+            label="held-out faces",
+        )
     top.set_ylabel("loss")
     top.legend(frameon=False)
     bottom.plot([row["step"] for row in steps], [row["grad_norm"] for row in steps], color=INK, linewidth=0.8)
@@ -138,7 +159,13 @@ def _draw_health(run: Run, epochs: list[dict[str, Any]]) -> Path:
         for suffix, colour, label in (("", ACCENT, "mean"), ("_cls", SECOND, "CLS")):
             rows = [row for row in measured if name + suffix in row]
             if rows:
-                axis.plot([row["epoch"] for row in rows], [row[name + suffix] for row in rows], ".-", color=colour, label=label)
+                axis.plot(
+                    [row["epoch"] for row in rows],
+                    [row[name + suffix] for row in rows],
+                    ".-",
+                    color=colour,
+                    label=label,
+                )
         axis.set(title=name.replace("_", " "), xlabel="epoch")
     axes[0].legend(frameon=False)
     axes[2].axhline(1, color=INK, linewidth=0.8, linestyle=":")

@@ -86,9 +86,7 @@ class Run:
 
     def write_model(self, description: dict[str, Any]) -> None:
         """Write model.json, which says that the encoders are complete."""
-        product.write_json(
-            self.path / "model.json", {"format": MODEL_FORMAT, "version": MODEL_VERSION, **description}
-        )
+        product.write_json(self.path / "model.json", {"format": MODEL_FORMAT, "version": MODEL_VERSION, **description})
 
     def become_latest(self) -> None:
         """Point `latest` beside the run folder at it."""
@@ -108,7 +106,11 @@ def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise NoInputError(f"{path}: no such run; mefem pretrain makes one, or name it with --model")
     description_path = folder / "model.json"
     if not description_path.is_file():
-        hint = "it is not finished: go on with mefem pretrain --resume -o" if (folder / "config.yaml").exists() else "it is no run folder; give one with --model"
+        hint = (
+            "it is not finished: go on with mefem pretrain --resume -o"
+            if (folder / "config.yaml").exists()
+            else "it is no run folder; give one with --model"
+        )
         raise NoInputError(f"{folder}: has no model.json; {hint} {folder if 'resume' in hint else ''}".rstrip())
     try:
         description = json.loads(description_path.read_text(encoding="utf-8"))
@@ -118,8 +120,8 @@ def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise NoInputError(f"{description_path}: not the description of a mefem model") from error
     if description["version"] > MODEL_VERSION:
         raise UsageError(
-            f"{description_path}: version {description['version']} is from a newer mefem (this one reads {MODEL_VERSION}); "
-            "upgrade with pip install -U mefem-cli"
+            f"{description_path}: version {description['version']} is from a newer mefem (this one reads "
+            f"{MODEL_VERSION}); upgrade with pip install -U mefem-cli"
         )
     return folder, description
 
