@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mefem_cli.faces.render_draw import GREY_HAIR, Person, Scene, draw_background, draw_portrait, photograph, to_linear
+from mefem_cli.faces.render_canvas import to_linear
+from mefem_cli.faces.render_draw import draw_portrait
+from mefem_cli.faces.render_person import Person, Scene
+from mefem_cli.faces.render_scene import draw_background, photograph
 
 LABEL_COLUMNS = ("path", "subject", "age", "sex", "skin_tone", "height_cm", "weight_kg", "bmi")
 DEFECTS = ("border", "small", "noface", "truncated")
@@ -64,6 +67,7 @@ HAIR_COLOURS = {
     "blond": (186, 152, 104),
     "red": (132, 66, 38),
 }
+GREY_HAIR = (0.62, 0.61, 0.59)  # linear light
 EYE_COLOURS = {
     "dark": (62, 40, 26),
     "brown": (98, 64, 38),
