@@ -8,6 +8,7 @@ deviation. Bones, age, pose, light, hair, background and camera vary independent
 import csv
 import io
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
@@ -20,6 +21,7 @@ from mefem_cli.faces.render_canvas import to_linear
 from mefem_cli.faces.render_draw import draw_portrait
 from mefem_cli.faces.render_person import Person, Scene
 from mefem_cli.faces.render_scene import draw_background, photograph
+from mefem_cli.stores import product
 
 LABEL_COLUMNS = ("path", "subject", "age", "sex", "skin_tone", "height_cm", "weight_kg", "bmi")
 DEFECTS = ("border", "small", "noface", "truncated")
@@ -328,7 +330,9 @@ def run_jobs(jobs: list, work: Callable, num_workers: int) -> Iterator[int]:
     if num_workers <= 1:
         yield from map(work, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+    # Ctrl-C reaches all processes of a terminal; only the caller should speak of it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(num_workers, signal.signal, ignore) as pool:
         yield from pool.imap_unordered(work, jobs, chunksize=4)
 
 
@@ -363,8 +367,8 @@ def render_folder(
 
 
 def write_labels(path: Path, num_people: int, photos_per_person: int, seed: int) -> None:
-    """One row per ordinary photo; `path` is relative to `photos/`."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """One row per ordinary photo; `path` is relative to `photos/`. It is written last, all or nothing."""
+    with product.writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(LABEL_COLUMNS)
         for index in range(num_people):

@@ -195,6 +195,7 @@ def predictions(panels: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Callabl
             axis.plot([low, high], [low, high], color=theme.soft, lw=1, ls="--")
             axis.scatter(truth, predicted, s=9, alpha=0.55, color=theme.first, linewidths=0)
             axis.set(title=title, xlabel="true BMI, kg/m2", xlim=(low, high), ylim=(low, high), aspect="equal")
+            axis.locator_params(nbins=4)
         axes[0].set_ylabel("predicted BMI, kg/m2")
         return figure
 

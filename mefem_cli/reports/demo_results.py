@@ -125,7 +125,7 @@ class Results:
             "never saw.",
             "Step 0 is the same encoder before training: what its random wiring keeps of a picture. Raw pixels are the "
             f"crop shrunk to {PIXEL_SIDE} x {PIXEL_SIDE}: what colour and light give away without any encoder. The "
-            " mean baseline predicts the other people's average, or the commoner sex.",
+            "mean baseline predicts the other people's average, or the commoner sex.",
             "r2 is the share of the variance that is predicted: 1 is perfect, 0 is no better than the average. "
             "Balanced accuracy of sex is .5 by guessing. The intervals say how much a score would vary with other "
             "people, not with another training run: repeat the demo with other seeds for that.",
