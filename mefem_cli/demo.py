@@ -31,13 +31,14 @@ from mefem_cli.stores.runs import Run
 RECIPE: dict[str, str] = {
     "backbone": "vit_tiny_patch16_224",
     "depth": "4",
-    "image_size": "96",
-    "patch_size": "12",
-    "width": "2",
-    "predictor_depth": "3",
+    "image_size": "80",
+    "patch_size": "16",
+    "width": "1",
+    "predictor_depth": "2",
     "batch_size": "32",
-    "lr": "1e-3",
-    "epochs": "24",
+    "lr": "2e-4",
+    "ema": "0.996:1",
+    "epochs": "30",
 }
 # Rough times on two cores, for the estimate of a dry run.
 RENDERED_PER_SECOND, CROPPED_PER_SECOND, TRAINED_PER_SECOND, OTHER_SECONDS = 20, 60, 300, 30
@@ -55,7 +56,7 @@ class DemoOptions:
     """The demo."""
 
     out: str = "mefem-demo"  # folder for everything that the demo makes
-    people: int = 400  # imaginary people
+    people: int = 1000  # imaginary people
     photos_per_person: int = 2  # photos of each
     epochs: int | None = None  # epochs of pretraining; default: the demo's recipe
     seed: int = 0  # the one number that all randomness flows from

@@ -96,8 +96,11 @@ class Trainer:
                 if stop.signal or (time.monotonic() - last_checkpoint) / 60 >= checkpoint_minutes:
                     self.save_checkpoint(meter)
                     last_checkpoint = time.monotonic()
-                if stop.signal and self.step < self.plan.total_steps:
+                if stop.signal:
                     raise stop.error(self.run)
+            if stop.signal:  # it came during the last measurement, or there are no steps at all
+                self.save_checkpoint(meter)
+                raise stop.error(self.run)
         self.save_checkpoint(meter)
 
     # One step ---------------------------------------------------------------------------------------------------
