@@ -88,7 +88,7 @@ def logistic_path(
     path = []
     for strength in strengths:
         model.set_params(C=strength)
-        # These matrices are small: more BLAS threads than one only wait for each other, ten times longer on a busy machine.
+        # The matrices are small: more BLAS threads than one only wait for each other, for long on a busy machine.
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)  # the optimum may be infinitely far
             model.fit(train, train_y)
