@@ -336,7 +336,7 @@ def mefem(folder: Path, *words: str) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr."""
     driver = start(folder, *words)
     try:
-        out, err = driver.communicate(timeout=240)
+        out, err = driver.communicate(timeout=900)
     finally:
         driver.terminate()  # where it is still there, it stops its steps
     return driver.returncode, out, err
@@ -364,7 +364,7 @@ def test_a_grid_for_real_and_after_a_stop(crops):
     while not list(folder.glob("stopped/cells/*/run/last.ckpt")) and driver.poll() is None:
         time.sleep(0.01)
     driver.send_signal(signal.SIGINT)
-    out, err = driver.communicate(timeout=60)
+    out, err = driver.communicate(timeout=300)
     assert (driver.returncode, out) == (130, ""), err
     assert not list(folder.glob("stopped/cells/*/run/model.json"))
     code, out, err = mefem(folder, *words)
