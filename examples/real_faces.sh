@@ -5,7 +5,8 @@
 set -euo pipefail
 faces=$1 out=$2
 shift 2
-recipe=(--backbone vit_tiny_patch16_224 --depth 4 --image-size 112 --patch-size 8 --predictor-depth 3 --batch-size 32 --lr 1e-3 "$@")
+recipe=(--backbone vit_tiny_patch16_224 --depth 4 --image-size 112 --patch-size 16 --width 2 --predictor-depth 2
+  --batch-size 32 --lr 2e-4 --ema 0.996:1 --epochs 60 "$@")
 
 mefem crop "$faces/t2i" --labels "$faces/labels.csv" -o "$out/crops_t2i"
 mefem crop "$faces/stylegan" --labels "$faces/labels.csv" --detector none -o "$out/crops_stylegan"
