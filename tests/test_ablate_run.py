@@ -275,23 +275,36 @@ def test_overwrite_starts_anew_but_removes_nothing_else(crops, stand_in, tmp_pat
     assert (crops / "manifest.parquet").exists()
 
 
+def start_driver(stand_in: Path, crops: Path, out: Path) -> subprocess.Popen:
+    code = (
+        "import sys; from mefem_cli.ablation import runner; from mefem_cli.ablation.job import *\n"
+        "runner.PROGRAM = (sys.executable, '-S', '-E', sys.argv[1])\n"
+        "options = AblateOptions(vary=['width=2'], crops=[sys.argv[2]])\n"
+        "Job.prepare([], options, {}, ProductOptions(out=sys.argv[3])).run()"
+    )
+    command = [sys.executable, "-c", code, str(stand_in / "mefem.py"), str(crops), str(out)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
 def test_two_drivers_take_turns(crops, stand_in, tmp_path):
     (stand_in / "seconds").write_text("1")
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]\n"
-        "from mefem_cli.ablation import runner; from mefem_cli.ablation.job import *\n"
-        "runner.PROGRAM = (sys.executable, '-S', '-E', sys.argv[2])\n"
-        "options = AblateOptions(vary=['width=2'], crops=[sys.argv[3]])\n"
-        "Job.prepare([], options, {}, ProductOptions(out=sys.argv[4])).run()"
-    )
-    words = [str(Path(__file__).parent), str(stand_in / "mefem.py"), str(crops), str(tmp_path / "out")]
-    drivers = [
-        subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    notes = [driver.communicate(timeout=60)[1] for driver in drivers]
+    drivers = [start_driver(stand_in, crops, tmp_path / "out") for _ in range(2)]
+    notes = [driver.communicate(timeout=300)[1] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert sum("waiting for it" in note for note in notes) == 1
     assert sorted(steps_called(stand_in)) == ["embed", "pretrain", "probe"]
+
+
+def test_a_step_left_behind_by_a_killed_driver_is_waited_for(crops, stand_in, tmp_path, capsys):
+    (stand_in / "seconds").write_text("3")
+    driver = start_driver(stand_in, crops, tmp_path / "out")
+    while not list(tmp_path.glob("out/cells/*/run/config.yaml")) and driver.poll() is None:
+        time.sleep(0.01)
+    driver.kill()
+    driver.communicate()
+    prepare(crops, tmp_path / "out", "width=2").run()
+    assert "waiting for it" in capsys.readouterr().err
+    assert steps_called(stand_in) == ["pretrain", "embed", "probe"]
 
 
 @pytest.mark.parametrize(

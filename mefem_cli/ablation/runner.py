@@ -248,8 +248,6 @@ class Runner:
             self._running.add(process)
         code = process.wait()
         self._running.discard(process)
-        if self._stopping:
-            raise _Stopping
         return code
 
 
