@@ -243,7 +243,7 @@ class Demo:
         self.check_folder()
         record = self.out / RECORD
         if self.options.overwrite:
-            product.refuse_existing(self.out, overwrite=True)
+            product.refuse_existing(self.out, overwrite=True, holds=RECORD)
         if not record.exists():
             product.write_json(record, product.provenance(self.options.identity, {}, self.options.seed))
 

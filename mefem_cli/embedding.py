@@ -73,7 +73,7 @@ class Job:
         was made by another encoder or with other options, or holds none of these crops.
         """
         old = self._existing_store()
-        if old is not None and old.provenance["inputs"] == self._inputs() and self._holds_all(old):
+        if old is not None and old.provenance.get("inputs") == self._inputs() and self._holds_all(old):
             console.note(f"{self.out}: complete already")
             return {"crops": len(old), "embedded": 0, "unreadable": 0}
         announce(self.device)
@@ -216,6 +216,6 @@ def _model_name(weights: Path, which: str) -> str:
 def _batch_size(asked: str, device: Device) -> int:
     if asked == "auto":
         return AUTO_BATCH.get(device.torch.type, 32)
-    if not asked.isdigit() or int(asked) < 1:
+    if not asked.isdecimal() or int(asked) < 1:
         raise UsageError(f"--batch-size {asked}: wanted auto or a positive number")
     return int(asked)

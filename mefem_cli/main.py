@@ -167,6 +167,9 @@ def mefem(version: Annotated[bool, VERSION_OPTION] = False) -> None:
 
 def main() -> None:
     """Run the program: exit codes as in the docs, one line for what a user can mend."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # paths are bytes; some are no UTF-8
     try:
         code = typer.main.get_command(app)(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # Typer makes a silent exit code of Ctrl-C

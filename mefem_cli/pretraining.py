@@ -69,6 +69,7 @@ class Job:
         A resumed run takes what is not given from its own record. Raises MefemError for whatever does not fit.
         """
         recorded: dict[str, Any] = {}
+        asked = set(given.values)
         if product.resume:
             recorded = Run.open(Path(product.out) if product.out else runs.newest_unfinished(RUNS)).config()
             given, folders = _with_record(given, folders, recorded, product)
@@ -86,6 +87,7 @@ class Job:
             len(crops), _subjects(crops), train_options.monitor, product.seed
         )
         plan = make_plan(train_options, len(training_rows), device_options.batch_size)
+        ema_planned = getattr(objective_options, "ema", None) == "auto" or bool(recorded.get("ema_planned"))
         objective_options = objective_module.resolve(
             objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
         )
@@ -100,6 +102,7 @@ class Job:
             **asdict(objective_options),
             **_options_of_parts(given, objective_options),
             **asdict(backbone_options),
+            "ema_planned": ema_planned,
             "lr": plan.lr,
             "preset": plan.preset,
             "batch_size": plan.batch_size,
@@ -109,7 +112,8 @@ class Job:
             "inputs": crops.inputs(),
         }
         if recorded:
-            changes = difference(recorded, config, FREE_ON_RESUME | {"ema"} if "epochs" in given else FREE_ON_RESUME)
+            replanned = {"ema"} if recorded.get("ema_planned") and "ema" not in asked else set()
+            changes = difference(recorded, config, FREE_ON_RESUME | replanned)
             if changes:
                 raise OutputError(
                     f"{product.out}: the run was started with other options: {changes}; resume without them"
@@ -130,7 +134,7 @@ class Job:
             self.run.truncate_metrics(-1)
             resume = False
         elif not resume:
-            refuse_existing(self.run.path, self.product.overwrite)
+            refuse_existing(self.run.path, self.product.overwrite, holds="config.yaml")
         self.run = Run.create(self.run.path, self.config)
         announce(self.device)
         console.note(describe_plan(self))
@@ -152,11 +156,12 @@ def _with_record(
 ) -> tuple[Given, list[Path]]:
     """Fill what was not given from the run's own record."""
     run_path = Path(product.out) if product.out else runs.newest_unfinished(RUNS)
-    if runs.Run(run_path).is_finished and "epochs" not in given:
+    longer = "epochs" in given and str(given.values["epochs"]) != str(recorded["epochs"])
+    if runs.Run(run_path).is_finished and not longer:
         raise OutputError(f"{run_path}: is finished; extend it with --epochs, or type --overwrite to train anew")
-    kept = {name: value for name, value in recorded.items() if name not in ("crops", "inputs")}
-    if "epochs" in given:
-        kept.pop("ema", None)  # planned anew for the new length, unless asked
+    kept = {name: value for name, value in recorded.items() if name not in ("crops", "inputs", "ema_planned")}
+    if longer and recorded.get("ema_planned"):
+        del kept["ema"]  # planned anew for the new length
     return Given({**kept, **given.values, "out": str(run_path)}), folders or [Path(one) for one in recorded["crops"]]
 
 

@@ -337,3 +337,47 @@ def test_precision_follows_the_hardware_unless_asked():
     assert choose_device("cpu", "bf16").dtype is torch.bfloat16
     native = Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     assert (choose_device("cpu").dtype is torch.bfloat16) == native
+
+
+def test_faces_without_a_subject_are_nobodys_kin():
+    """A half-filled subject column must not make one huge person of all the rest."""
+    subjects = np.array([f"s{number // 2}" if number < 200 else "" for number in range(1000)], dtype=object)
+    _, monitor = monitors.split_monitor_faces(1000, subjects, 1024, seed=0)
+    assert len(monitor) == 50
+    large = np.array(["clinic"] * 900 + [f"s{number}" for number in range(100)])
+    assert len(monitors.split_monitor_faces(1000, large, 1024, seed=0)[1]) == 50
+
+
+def test_overwrite_removes_runs_and_nothing_else(crops_folder, tmp_path):
+    from mefem_cli.stores.product import refuse_existing
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"precious")
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "photos", tmp_path / "file", crops_folder):
+        with pytest.raises(OutputError, match="name another -o"):
+            refuse_existing(path, overwrite=True, holds="config.yaml")
+    assert (tmp_path / "photos" / "me.jpg").exists()
+    run = Run.create(tmp_path / "run", {"crops": []})
+    with pytest.raises(OutputError, match="--overwrite"):
+        refuse_existing(run.path, overwrite=False, holds="config.yaml")
+    refuse_existing(run.path, overwrite=True, holds="config.yaml")
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("option", [{"seed": -1}, {"limit": 0}, {"limit": -5}])
+def test_impossible_product_options_are_refused(option):
+    from mefem_cli.stores.product import ProductOptions
+
+    with pytest.raises(UsageError, match="--" + next(iter(option))):
+        ProductOptions(**option)
+
+
+def test_latest_replaces_links_only(tmp_path):
+    run = Run.create(tmp_path / "run", {"crops": []})
+    run.become_latest()
+    assert (tmp_path / "latest").resolve() == run.path.resolve()
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").write_text("mine")
+    run.become_latest()
+    assert (tmp_path / "latest").read_text() == "mine"

@@ -85,7 +85,17 @@ def test_impossible_plans_are_refused(options, batch_size, message):
         make_plan(TrainOptions(**options), 200, batch_size)
 
 
-@pytest.mark.parametrize("option", [{"lr": 0.0}, {"epochs": -1}, {"accumulate": 0}, {"weight_decay": "a:b"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"warmup_epochs": float("nan")},
+        {"epochs": -1},
+        {"accumulate": 0},
+        {"weight_decay": "a:b"},
+    ],
+)
 def test_impossible_options_are_refused(option):
     with pytest.raises(UsageError, match="--" + next(iter(option)).replace("_", "-")):
         TrainOptions(**option)

@@ -156,7 +156,7 @@ class Job:
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / CELLS).is_dir():
             raise OutputError(f"{self.out}: holds something else than an ablation; name another folder with -o")
         if self.product.overwrite:
-            products.refuse_existing(self.out, overwrite=True)
+            products.refuse_existing(self.out, overwrite=True, holds=CELLS)
         (self.out / CELLS).mkdir(parents=True, exist_ok=True)
 
     def _ordered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:

@@ -38,6 +38,8 @@ def run(arguments: list[str], given: Given) -> None:
         arrived = console.read_pipe("a crops folder or a run")
         if (arrived / "manifest.parquet").exists():
             folders = [arrived]
+        elif options.model is not None:
+            console.warn(f"--model {options.model} is used, not {arrived} from the pipe")
         else:
             options = replace(options, model=str(arrived))
     job = Job.prepare(folders, options, machine, product)

@@ -50,7 +50,7 @@ def _prepare(arguments: list[str], given: Given) -> Any:
 
     product = given.build("stores.product", "ProductOptions")
     folders = [Path(argument) for argument in arguments]
-    if not folders and console.stdin_is_pipe():
+    if not folders and not product.resume and console.stdin_is_pipe():
         folders = [console.read_pipe("a crops folder")]
     if not folders and not product.resume:
         folders = [Path("crops")]

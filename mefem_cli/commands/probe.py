@@ -39,7 +39,7 @@ def run(arguments: list[str], given: Given) -> None:
     if not arguments:
         raise UsageError(f"name a task, such as `mefem probe bmi`{_labels_hint(options.store)}")
     if output.out and not output.overwrite:
-        product.refuse_existing(Path(output.out), overwrite=False)
+        product.refuse_existing(Path(output.out), overwrite=False, holds="scores.json")
 
     stores = jobs.open_stores(_paths(options.store))
     job = jobs.Job.prepare(stores, arguments, options, output.seed, output.limit)
@@ -119,6 +119,6 @@ def _save(folder: Path, job: Job, results: Results, output: ProductOptions) -> N
 
     inputs = {str(store.path.absolute()): store.sha256 for store in job.stores}
     record = product.provenance(asdict(job.options), inputs, output.seed, job.options.device)
-    product.refuse_existing(folder, output.overwrite)
+    product.refuse_existing(folder, output.overwrite, holds="scores.json")
     report.save(folder, results, {**record, "models": [store.provenance.get("model") for store in job.stores]})
     console.note(f"wrote {folder}: scores.json, predictions.parquet, provenance.json")

@@ -28,20 +28,37 @@ def split_monitor_faces(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Set aside whole subjects for monitoring; return (training rows, monitor rows), both sorted.
 
-    At most `wanted` and at most 5 % of the faces; none if that leaves fewer than 8. Without `subjects` each face is
-    its own.
+    At most `wanted` and at most 5 % of the faces; none if that leaves fewer than 8. A face without a subject ("", NaN,
+    or `subjects` is None) is its own; subjects with more faces than are left to set aside are passed over.
     """
     quota = min(wanted, int(num_faces * MAX_SHARE))
-    groups = np.arange(num_faces) if subjects is None else np.unique(subjects, return_inverse=True)[1]
+    groups = _as_groups(num_faces, subjects)
     chosen = np.zeros(num_faces, dtype=bool)
     if quota >= MIN_FACES:
         sizes = np.bincount(groups)
         order = seeds.numpy_generator(seed, seeds.MONITOR).permutation(len(sizes))
-        fits = np.cumsum(sizes[order]) <= quota
-        chosen = np.isin(groups, order[fits])
+        left, taken = quota, []
+        for group in order:
+            if sizes[group] <= left:
+                taken.append(group)
+                left -= sizes[group]
+            if not left:
+                break
+        chosen = np.isin(groups, taken)
     if chosen.sum() < MIN_FACES:
         chosen[:] = False
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def _as_groups(num_faces: int, subjects: np.ndarray | None) -> np.ndarray:
+    """Return the number of each face's group, int64 [num_faces]; faces without a subject share theirs with nobody."""
+    if subjects is None:
+        return np.arange(num_faces)
+    names = np.array([str(subject) for subject in subjects])
+    groups = np.unique(names, return_inverse=True)[1]
+    alone = np.isin(names, ("", "nan", "None"))
+    groups[alone] = groups.max() + 1 + np.arange(alone.sum())
+    return np.unique(groups, return_inverse=True)[1]
 
 
 def feature_std(features: torch.Tensor) -> float:

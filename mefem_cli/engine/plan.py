@@ -29,11 +29,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "warmup_epochs", "monitor", "checkpoint_every"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 or more")
         if self.accumulate < 1:
             raise UsageError(f"--accumulate {self.accumulate}: wanted 1 or more")
-        if self.lr is not None and not self.lr > 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: wanted a positive number")
         weight_decay_range(self.weight_decay)
 
@@ -69,7 +69,7 @@ def weight_decay_range(text: str) -> tuple[float, float]:
     """Return START and END of `--weight-decay START:END`; one number stands for both. Raises UsageError."""
     try:
         values = [float(part) for part in text.split(":")]
-        if len(values) in (1, 2) and all(value >= 0 for value in values):
+        if len(values) in (1, 2) and all(0 <= value < math.inf for value in values):
             return values[0], values[-1]
     except ValueError:
         pass

@@ -11,6 +11,7 @@ and after each step the target encoder moves towards the source encoder (EMA).
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ class Options:
             raise UsageError(f"--predictor-depth {self.predictor_depth}: wanted 0 or more blocks")
         if self.masks_per_image < 1:
             raise UsageError(f"--masks-per-image {self.masks_per_image}: wanted 1 or more")
+        if not (0 < self.sigma < math.inf and abs(self.r0) < math.inf):
+            raise UsageError(f"--sigma {self.sigma} --r0 {self.r0}: wanted a positive steepness and a finite radius")
         if self.ema != "auto":
             parse_ema(self.ema)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mefem_cli import __version__
-from mefem_cli.errors import OutputError
+from mefem_cli.errors import OutputError, UsageError
 
 RECORDED_PACKAGES = ("torch", "timm", "mediapipe", "numpy", "scikit-learn", "h5py", "pillow", "simplejpeg")
 HASH_BLOCK_BYTES = 1 << 20
@@ -32,6 +32,12 @@ class ProductOptions:
     dry_run: bool = False  # say what would happen; touch nothing
     limit: int | None = None  # use only the first N inputs
     seed: int = 0  # the one number that all randomness flows from
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}: wanted 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit {self.limit}: wanted 1 or more")
 
 
 @contextmanager
@@ -133,13 +139,16 @@ def difference(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: f
     return "; ".join(changes)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Make way for a new product. Raises OutputError if `path` exists and may not be overwritten."""
+def refuse_existing(path: Path, overwrite: bool, holds: str) -> None:
+    """Make way for a new product, a folder that holds a file of the name `holds`.
+
+    Raises OutputError if `path` exists and may not be overwritten, or is not an empty folder or such a product:
+    nobody's photos, crops or home are removed by a slip of the keyboard.
+    """
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:
         raise OutputError(f"{path} exists; type --overwrite to replace it or -o for another place")
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / holds).exists()):
+        raise OutputError(f"{path}: is not what this command makes (no {holds} in it), so it stays; name another -o")
+    shutil.rmtree(path)

@@ -53,9 +53,9 @@ class Run:
         """Return the resolved options. Raises OutputError for a damaged file."""
         try:
             content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise OutputError(f"{self.config_path}: damaged; type --overwrite to train anew") from error
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or "crops" not in content:
             raise OutputError(f"{self.config_path}: damaged; type --overwrite to train anew")
         return content
 
@@ -89,11 +89,14 @@ class Run:
         product.write_json(self.path / "model.json", {"format": MODEL_FORMAT, "version": MODEL_VERSION, **description})
 
     def become_latest(self) -> None:
-        """Point `latest` beside the run folder at it."""
+        """Point `latest` beside the run folder at it, unless something else than a link has that name."""
+        latest = self.path.parent / "latest"
+        if latest.exists() and not latest.is_symlink():
+            return
         temporary = self.path.parent / f".latest.{os.getpid()}.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.path.name)
-        os.replace(temporary, self.path.parent / "latest")
+        os.replace(temporary, latest)
 
 
 def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -114,7 +117,7 @@ def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise NoInputError(f"{folder}: has no model.json; {hint} {folder if 'resume' in hint else ''}".rstrip())
     try:
         description = json.loads(description_path.read_text(encoding="utf-8"))
-        if description["format"] != MODEL_FORMAT:
+        if description["format"] != MODEL_FORMAT or not isinstance(description["version"], int):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise NoInputError(f"{description_path}: not the description of a mefem model") from error
