@@ -92,7 +92,9 @@ class Field:
                     return value
         literals = [str(one[1]) for one in self.alternatives if isinstance(one, tuple)]
         hint = did_you_mean(str(given), literals) if literals else ""
-        raise UsageError(f"{self.flag} {given}: wanted {self.metavar}{hint}")
+        words = {"N": "a whole number", "X": "a number", "TEXT": "text"}
+        wanted = "|".join(words.get(part, part) for part in self.metavar.split("|"))
+        raise UsageError(f"{self.flag} {given}: wanted {wanted}{hint}")
 
 
 def _parse_as(alternative: Any, given: Any) -> tuple[bool, Any]:
