@@ -350,15 +350,13 @@ def run_command(arguments: tuple[str, ...]) -> str:
 
     Products record the command line that made them, so `sys.argv` is this one meanwhile.
     """
-    import typer
-
     from mefem_cli import main
 
     before, stdout = sys.argv, io.StringIO()
     sys.argv = ["mefem", *arguments]
     try:
         with contextlib.redirect_stdout(stdout):
-            code = typer.main.get_command(main.app)(list(arguments), standalone_mode=False)
+            code = main.dispatch(list(arguments))
     finally:
         sys.argv = before
     if code == main.INTERRUPTED:

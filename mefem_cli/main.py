@@ -21,6 +21,7 @@ from mefem_cli.errors import MefemError, OutputError
 COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "ablate")
 SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q"}
 INTERRUPTED, BUG = 130, 1
+HELP_FLAGS = ["--help", "-h"]
 
 
 class LazyGroup(TyperGroup):
@@ -142,27 +143,33 @@ def _run(module: ModuleType, name: str, values: dict[str, Any]) -> None:
 app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"mefem {__version__}")
-        raise typer.Exit
-
-
-VERSION_OPTION = typer.Option(
-    "--version",
-    help="Print the version.",
-    callback=_print_version,
-    is_eager=True,
-    allow_from_autoenv=False,  # a variable MEFEM_VERSION, as container images set, is not meant for it
-)
-
-
-@app.callback(context_settings={"auto_envvar_prefix": "MEFEM", "help_option_names": ["--help", "-h"]})
-def mefem(version: Annotated[bool, VERSION_OPTION] = False) -> None:
+@app.callback(context_settings={"help_option_names": HELP_FLAGS})
+def mefem() -> None:
     """Self-supervised face embeddings for medicine and anthropometry.
 
-    photos -> crops -> encoder -> features -> scores with intervals. Try: mefem demo
+    photos -> crops -> encoder -> features -> scores with intervals. Try: mefem demo. Version: mefem --version
     """
+
+
+def dispatch(arguments: list[str]) -> Any:
+    """Run one command line and return its exit code or None; errors rise.
+
+    A command is called without the group above it: to convert the group's own options Typer would load pydantic,
+    90 ms, before the help of any command.
+    """
+    if arguments == ["--version"]:
+        print(f"mefem {__version__}")
+        return None
+    name = arguments[0]
+    if name not in COMMANDS:
+        return typer.main.get_command(app)(arguments, standalone_mode=False)
+    return build_command(name)(
+        arguments[1:],
+        prog_name=f"mefem {name}",
+        standalone_mode=False,
+        auto_envvar_prefix=f"MEFEM_{name.upper()}",
+        help_option_names=HELP_FLAGS,
+    )
 
 
 def main() -> None:
@@ -171,7 +178,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")  # paths are bytes; some are no UTF-8
     try:
-        code = typer.main.get_command(app)(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = dispatch(sys.argv[1:] or ["--help"])
         if code == INTERRUPTED:  # Typer makes a silent exit code of Ctrl-C
             raise KeyboardInterrupt
     except MefemError as error:

@@ -92,8 +92,8 @@ class Field:
                     return value
         literals = [str(one[1]) for one in self.alternatives if isinstance(one, tuple)]
         hint = did_you_mean(str(given), literals) if literals else ""
-        words = {"N": "a whole number", "X": "a number", "TEXT": "text"}
-        wanted = "|".join(words.get(part, part) for part in self.metavar.split("|"))
+        in_words = {"N": "a whole number", "X": "a number", "TEXT": "text"}
+        wanted = "|".join(in_words.get(part, part) for part in self.metavar.split("|"))
         raise UsageError(f"{self.flag} {given}: wanted {wanted}{hint}")
 
 
