@@ -121,6 +121,8 @@ class Job:
         for name in given.unused:
             console.warn(f"--{name.replace('_', '-')} has no effect here")
         run = Run(Path(product.out) if product.out else _new_run_path(config))
+        if not product.resume and not product.overwrite:
+            refuse_existing(run.path, overwrite=False, holds="config.yaml")  # before training, and in a dry run too
         stream = ImageStream(crops, backbone_options.image_size, device_options.workers, keep_decoded=True)
         return cls(
             product, train_options, config, crops, training_rows, monitor_rows, plan, device, stream, objective, run

@@ -27,6 +27,10 @@ def run(arguments: list[str], given: Given) -> None:
     from pathlib import Path
 
     from mefem_cli import console
+    from mefem_cli.stores import runs
+
+    if "model" not in given and not console.stdin_is_pipe():
+        runs.latest_run(Path("runs"))  # raises before torch is loaded
     from mefem_cli.embedding import Job
 
     begun = time.monotonic()

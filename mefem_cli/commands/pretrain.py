@@ -25,10 +25,11 @@ OPTIONS = (
 def run(arguments: list[str], given: Given) -> None:
     """Train, or with `--dry-run` print the plan."""
     from mefem_cli import console
-    from mefem_cli.reports import training
 
     begun = time.monotonic()
     job = _prepare(arguments, given)
+    from mefem_cli.reports import training  # it loads torch, as the job has by now
+
     if job.product.dry_run:
         training.print_plan(job)
         return
@@ -46,7 +47,6 @@ def _prepare(arguments: list[str], given: Given) -> Any:
 
     from mefem_cli import console
     from mefem_cli.errors import NoInputError
-    from mefem_cli.pretraining import Job
 
     product = given.build("stores.product", "ProductOptions")
     folders = [Path(argument) for argument in arguments]
@@ -56,4 +56,9 @@ def _prepare(arguments: list[str], given: Given) -> Any:
         folders = [Path("crops")]
         if not folders[0].exists():
             raise NoInputError("crops/: no such folder; make it with mefem crop, or name a crops folder")
+    for folder in folders:
+        if not folder.exists():
+            raise NoInputError(f"{folder}: no such crops folder; make it with mefem crop")
+    from mefem_cli.pretraining import Job  # it loads torch: not before the folders are there
+
     return Job.prepare(folders, given, product)
