@@ -189,10 +189,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on: Python's last flush must not fail
         code = 0
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno is None:
             code = _report_bug(error)
-        else:
-            what = f"{error.filename or 'writing'}: {error.strerror}"
+        else:  # strerror, not the message: HDF5 puts several lines there
+            what = f"{error.filename or 'writing the product'}: {os.strerror(error.errno)}"
             code = _fail(f"{what}; free some space or name another --out", OutputError.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own usage errors

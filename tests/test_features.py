@@ -205,3 +205,18 @@ def test_a_store_cut_anywhere_never_opens(path):
         path.write_bytes(whole[:size])
         with pytest.raises(MefemError):
             FeatureStore.open(path)
+
+
+def test_a_disk_that_fills_up_is_told_before_hdf5_crashes(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    from mefem_cli.stores import features
+
+    free = [1 << 30, 1 << 30, 1000]  # opened, the first rows written, then full
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(free.pop(0)))
+    writer = features.FeatureWriter(tmp_path / "features.h5", {}, embed_dim=4, has_cls=False)
+    with pytest.raises(OSError, match="No space left"), writer:
+        writer.append(["a"], mean=np.ones((1, 4)))
+        writer.append(["b"], mean=np.ones((1, 4)))
+    assert list(tmp_path.iterdir()) == []

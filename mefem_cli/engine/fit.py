@@ -322,6 +322,7 @@ class _Stop:
     def error(self, run: Run) -> BaseException:
         run.log(f"stopped by signal {self.signal} after saving {run.checkpoint_path.name}")
         if self.signal == signal.SIGINT:
+            console.note(f"a checkpoint is saved; go on with mefem pretrain --resume -o {run.path}")
             return KeyboardInterrupt()
         return Stopped(
             f"stopped by signal {self.signal} with a checkpoint saved; go on with mefem pretrain --resume -o {run.path}"

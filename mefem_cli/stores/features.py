@@ -10,7 +10,10 @@ reader never sees half of one.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -28,6 +31,8 @@ from mefem_cli.stores import product
 FORMAT = "mefem-features"
 VERSION = 1
 KINDS = ("cls", "mean", "patches")
+SPACE_MARGIN_BYTES = 8 << 20  # what HDF5 may still hold in its caches
+COLUMN_BYTES_A_ROW = 2048  # labels and manifest columns, generously
 CHUNK_BYTES = 1 << 18  # of /cls and /mean; a chunk of /patches is one face
 MAKE_ANEW = "make it anew with `mefem embed --overwrite`"
 
@@ -73,6 +78,7 @@ class FeatureWriter:
 
     def __enter__(self) -> FeatureWriter:
         self._temporary = self._stack.enter_context(product.writing(self.path))
+        self._ensure_space(0)
         self._file = self._stack.enter_context(h5py.File(self._temporary, "w"))
         for kind, row_shape in self._row_shapes.items():
             row_bytes = self._dtype.itemsize * int(np.prod(row_shape))
@@ -104,6 +110,7 @@ class FeatureWriter:
         features = {"cls": cls, "mean": mean, "patches": patches}
         given = {kind: values for kind, values in features.items() if values is not None}
         assert given.keys() == self._row_shapes.keys(), f"wanted {[*self._row_shapes]}, got {[*given]}"
+        self._ensure_space(sum(values.size for values in given.values()) * self._dtype.itemsize)
         begin, end = len(self._ids), len(self._ids) + len(ids)
         for kind, values in given.items():
             assert values.shape == (len(ids), *self._row_shapes[kind]), f"{kind}: {values.shape}"
@@ -112,7 +119,13 @@ class FeatureWriter:
             self._refuse_non_finite(ids, kind, values, stored)
             self._file[kind].resize(end, axis=0)
             self._file[kind][begin:end] = stored
+        self._file.flush()
         self._ids += ids
+
+    def _ensure_space(self, num_bytes: int) -> None:
+        """Raise OSError before the disk is full: HDF5 crashes when it cannot flush what it holds."""
+        if shutil.disk_usage(self.path.parent).free < num_bytes + SPACE_MARGIN_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _refuse_non_finite(self, ids: Sequence[str], kind: str, values: np.ndarray, stored: np.ndarray) -> None:
         finite = np.isfinite(stored).reshape(len(ids), -1).all(axis=1)
@@ -131,6 +144,7 @@ class FeatureWriter:
 
     def finish(self, labels: Mapping[str, np.ndarray], meta: Mapping[str, np.ndarray]) -> None:
         """Write ids, labels (numbers as float64, text as utf-8) and manifest columns, check all, mark it complete."""
+        self._ensure_space(COLUMN_BYTES_A_ROW * len(self._ids))
         rows = {name: len(values) for columns in (labels, meta) for name, values in columns.items()}
         rows |= {kind: len(self._file[kind]) for kind in self._row_shapes}
         wrong = {name: count for name, count in rows.items() if count != len(self._ids)}
