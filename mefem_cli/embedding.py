@@ -73,7 +73,11 @@ class Job:
         was made by another encoder or with other options, or holds none of these crops.
         """
         old = self._existing_store()
-        if old is not None and old.provenance.get("inputs") == self._inputs() and self._holds_all(old):
+        if (
+            old is not None
+            and old.provenance.get("inputs") == self.crops.inputs()
+            and set(old.ids) == set(self.crops.ids)
+        ):
             console.note(f"{self.out}: complete already")
             return {"crops": len(old), "embedded": 0, "unreadable": 0}
         announce(self.device)
@@ -143,9 +147,6 @@ class Job:
             raise OutputError(f"{self.out} holds other crops; type --overwrite or another -o")
         return store
 
-    def _holds_all(self, store: FeatureStore) -> bool:
-        return set(store.ids) == set(self.crops.ids)
-
     def _reusable_rows(self, store: FeatureStore | None) -> np.ndarray:
         """Return a mask over the store's rows, True: the crop is still there and its bytes are the same."""
         if store is None:
@@ -158,11 +159,8 @@ class Job:
         precision = "bf16" if self.device.dtype is torch.bfloat16 else "fp32"
         return {"patches": self.options.patches, "dtype": self.options.dtype, "precision": precision}
 
-    def _inputs(self) -> dict[str, str]:
-        return self.crops.inputs()
-
     def _provenance(self) -> dict[str, Any]:
-        record = products.provenance(self._settings(), self._inputs(), self.product.seed, str(self.device))
+        record = products.provenance(self._settings(), self.crops.inputs(), self.product.seed, str(self.device))
         preprocessing = {
             "image_size": self.encoder.image_size,
             "mean": list(self.encoder.mean),

@@ -71,8 +71,9 @@ class Job:
         recorded: dict[str, Any] = {}
         asked = set(given.values)
         if product.resume:
-            recorded = Run.open(Path(product.out) if product.out else runs.newest_unfinished(RUNS)).config()
-            given, folders = _with_record(given, folders, recorded, product)
+            stopped = Run.open(Path(product.out) if product.out else runs.newest_unfinished(RUNS))
+            recorded = stopped.config()
+            given, folders = _with_record(given, folders, recorded, stopped)
         train_options = given.build("engine.plan", "TrainOptions")
         device_options = given.build("engine.device", "DeviceOptions")
         product = given.build("stores.product", "ProductOptions")
@@ -153,18 +154,17 @@ class Job:
             self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
 
 
-def _with_record(
-    given: Given, folders: list[Path], recorded: dict[str, Any], product: ProductOptions
-) -> tuple[Given, list[Path]]:
+def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], stopped: Run) -> tuple[Given, list[Path]]:
     """Fill what was not given from the run's own record."""
-    run_path = Path(product.out) if product.out else runs.newest_unfinished(RUNS)
     longer = "epochs" in given and str(given.values["epochs"]) != str(recorded["epochs"])
-    if runs.Run(run_path).is_finished and not longer:
-        raise OutputError(f"{run_path}: is finished; extend it with --epochs, or type --overwrite to train anew")
+    if stopped.is_finished and not longer:
+        raise OutputError(f"{stopped.path}: is finished; extend it with --epochs, or type --overwrite to train anew")
     kept = {name: value for name, value in recorded.items() if name not in ("crops", "inputs", "ema_planned")}
     if longer and recorded.get("ema_planned"):
         del kept["ema"]  # planned anew for the new length
-    return Given({**kept, **given.values, "out": str(run_path)}), folders or [Path(one) for one in recorded["crops"]]
+    return Given({**kept, **given.values, "out": str(stopped.path)}), folders or [
+        Path(one) for one in recorded["crops"]
+    ]
 
 
 def _options_of_parts(given: Given, objective_options: Any) -> dict[str, Any]:

@@ -54,11 +54,9 @@ def _prepare(arguments: list[str], given: Given) -> Any:
         folders = [console.read_pipe("a crops folder")]
     if not folders and not product.resume:
         folders = [Path("crops")]
-        if not folders[0].exists():
-            raise NoInputError("crops/: no such folder; make it with mefem crop, or name a crops folder")
     for folder in folders:
         if not folder.exists():
-            raise NoInputError(f"{folder}: no such crops folder; make it with mefem crop")
+            raise NoInputError(f"{folder}/: no such folder; make it with mefem crop, or name a crops folder")
     from mefem_cli.pretraining import Job  # it loads torch: not before the folders are there
 
     return Job.prepare(folders, given, product)
