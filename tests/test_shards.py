@@ -532,6 +532,13 @@ def test_odd_json_is_a_remark_and_no_crash(shard, content, labels, remark):
     assert labels_of(shard, jpg=b"", json=content) == (labels, remark)
 
 
+def test_json_of_any_depth_is_a_label_or_a_remark():
+    """Writing a value as text takes more of the stack than reading it."""
+    read = shards.SIDECARS["json"]
+    remarks = [read(b'{"a": %s%s}' % (b"[" * depth, b"]" * depth))[1] for depth in range(500, 1100)]
+    assert (remarks[0], remarks[-1], set(remarks)) == ("", "is no JSON", {"", "is no JSON"})
+
+
 def test_labels_are_limited_in_number(shard):
     labels, remark = labels_of(shard, json=json.dumps(dict.fromkeys(map(str, range(300)), 1)).encode(), cls=b"cat")
     assert list(labels) == ["cls", *map(str, range(256))]

@@ -410,12 +410,12 @@ def _cls_labels(content: bytes) -> tuple[dict[str, Label], str]:
 def _json_labels(content: bytes) -> tuple[dict[str, Label], str]:
     try:
         fields = json.loads(content)
-    except (ValueError, RecursionError):  # not UTF-8 either, or nested too deeply
+        if not isinstance(fields, dict):
+            return {}, "is no JSON object"
+        names = [name for name in fields if name and len(name) <= MAX_FIELD_NAME and name not in NOT_LABELS]
+        labels = {_clean(name): _label(fields[name]) for name in names[:MAX_FIELDS]}
+    except (ValueError, RecursionError):  # also where it is not UTF-8, or nested too deeply to be read or written again
         return {}, "is no JSON"
-    if not isinstance(fields, dict):
-        return {}, "is no JSON object"
-    names = [name for name in fields if name and len(name) <= MAX_FIELD_NAME and name not in NOT_LABELS]
-    labels = {_clean(name): _label(fields[name]) for name in names[:MAX_FIELDS]}
     return labels, f"has {len(names)} fields, {MAX_FIELDS} are used" if len(names) > MAX_FIELDS else ""
 
 
@@ -438,6 +438,7 @@ def _clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
+# What a sidecar's content says, by its extension: labels and a remark.
 SIDECARS = {"txt": _txt_labels, "cls": _cls_labels, "json": _json_labels}
 
 
@@ -461,9 +462,8 @@ class ShardReader:
         """Return `size` bytes from `offset` of a shard. Raises DamagedShard where there are none or fewer."""
         try:
             status = os.stat(path)  # a shard that was made anew has another inode, and the open one is not used
-            if (
-                min(offset, size) < 0 or offset + size > status.st_size
-            ):  # pread reserves all memory that it is asked for
+            # Checked here, as pread sets aside all the memory that it is asked for.
+            if min(offset, size) < 0 or offset + size > status.st_size:
                 raise DamagedShard(path, f"{size} bytes wanted at byte {offset}, it has {status.st_size}")
             shard = self._open(os.fspath(path), status.st_dev, status.st_ino)  # held here until the bytes are read
             content = os.pread(shard.descriptor, size, offset)
