@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,9 +17,60 @@ FORMAT, VERSION = "mefem-checkpoint", 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name and rename it."""
-    with product.writing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+    """Write a checkpoint under a temporary name and rename it. Raises OutputError if the disk is full."""
+    try:
+        with product.writing(path) as temporary:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+    except (RuntimeError, OSError) as error:  # torch's writer raises RuntimeErrors without the system's reason
+        raise OutputError(
+            f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); free some space and type --resume"
+        ) from error
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while training goes on. Use it as a context.
+
+    What the thread raises rises at the next `save` or at the end of the context.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Copy the state to host memory and write it; waits for the checkpoint before."""
+        self.wait()
+        for left_by_a_kill in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            left_by_a_kill.unlink(missing_ok=True)
+        self._pending = self._thread.submit(save, self.path, _host_copy(state))
+
+    def wait(self) -> None:
+        """Return when all is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:  # else that one is the news
+            self.wait()
+
+
+def _host_copy(tree: Any) -> Any:
+    """Copy every tensor nested in dicts, lists and tuples to host memory; the rest is kept."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _host_copy(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_host_copy(value) for value in tree)
+    return tree
 
 
 def load(path: Path) -> dict[str, Any]:
