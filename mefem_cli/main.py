@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
@@ -13,13 +14,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mefem_cli import __version__, parts
-from mefem_cli.errors import MefemError, OutputError
+from mefem_cli.errors import MefemError, NoInputError, OutputError
 
 # In the order of use. Each is a module in commands/ with a docstring (its help), `OPTIONS` (dataclasses whose fields
 # are its options, as "module:class"), optionally `ARGUMENT` (name, help) and `ROOMS` (whose parts' options it offers
 # too), and `run(arguments, given)`.
 COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "ablate")
-SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q"}
+SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q", "null": "-0"}
 INTERRUPTED, BUG = 130, 1
 HELP_FLAGS = ["--help", "-h"]
 
@@ -189,17 +190,24 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on: Python's last flush must not fail
         code = 0
     except OSError as error:
-        if error.errno is None:
-            code = _report_bug(error)
-        else:  # strerror, not the message: HDF5 puts several lines there
-            what = f"{error.filename or 'writing the product'}: {os.strerror(error.errno)}"
-            code = _fail(f"{what}; free some space or name another --out", OutputError.exit_code)
+        code = _report_bug(error) if error.errno is None else _fail(*_explained(error))
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own usage errors
             code = _fail(error.format_message().replace("\n", " "), getattr(error, "exit_code", 2))
         else:
             code = _report_bug(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: OSError) -> tuple[str, int]:
+    """Return one line and the exit code for what the system refused: room, an input, or a place to write."""
+    assert error.errno is not None
+    what = f"{error.filename or 'writing the product'}: {os.strerror(error.errno)}"  # HDF5 puts lines into the message
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{what}; free some space or name another --out", OutputError.exit_code
+    if isinstance(error.filename, str) and not os.access(error.filename, os.R_OK) and os.path.lexists(error.filename):
+        return f"{what}; make it readable or leave it out", NoInputError.exit_code
+    return f"{what}; mend that or name another --out", OutputError.exit_code
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,6 +27,7 @@ def photos(tmp_path):
         side = 100 if index == 2 else 250
         Image.fromarray(pixels).resize((side, side)).save(tmp_path / "photos" / f"{index}.png")
     (tmp_path / "photos" / "labels.csv").write_text("path,age\n0.png,5\n")
+    (tmp_path / "photos" / "notes.txt").write_text("a good day")
     return tmp_path / "photos"
 
 
@@ -73,7 +74,7 @@ def test_dry_run_touches_nothing(photos, tmp_path):
     [
         ([], 2, "no photos named; type mefem crop FOLDER"),
         (["photo"], 3, 'did you mean "photos"'),
-        (["photos/labels.csv", "--detector", "none"], 3, "no usable face: 1 unreadable"),
+        (["photos/notes.txt", "--detector", "none"], 3, "no usable face: 1 unreadable"),
         (["photos/*.gif"], 3, "no image matches"),
         (["photos", "--detector", "shrot"], 2, 'did you mean "short"'),
         (["photos", "--size", "big"], 2, "--size big"),

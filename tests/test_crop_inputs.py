@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mefem_cli.errors import NoInputError, UsageError
-from mefem_cli.faces.inputs import face_id, glob_expression, list_sources, printable
+from mefem_cli.faces.inputs import Wanted, glob_expression, list_sources
+from mefem_cli.faces.source import face_id, printable
 from mefem_cli.stores.crops import path_to_text, text_to_path
 
 JPEG = b"\xff\xd8\xff\xe0 anything"
@@ -38,7 +39,7 @@ def photos(tmp_path):
 
 
 def names(arguments, out="nowhere", **options):
-    return [source.name for source in list_sources([str(one) for one in arguments], out, **options).sources]
+    return [source.name for source in list_sources([str(one) for one in arguments], out, Wanted(**options)).sources]
 
 
 def test_folder_is_read_to_its_depth_in_a_stable_order(photos):

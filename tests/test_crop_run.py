@@ -20,6 +20,7 @@ from PIL import Image
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.faces import job
 from mefem_cli.faces.crop import CropOptions, crop_path
+from mefem_cli.faces.journal import Journal
 from mefem_cli.stores.crops import KEYPOINTS, SCHEMA, Crops, read_manifest, text_to_path
 from mefem_cli.stores.product import ProductOptions
 
@@ -98,6 +99,7 @@ def test_manifest_columns_are_those_of_the_contract(photos, tmp_path):
     expected += ["box_x", "box_y", "box_w", "box_h"]
     expected += [f"kp_{index}_{axis}" for index in range(6) for axis in "xy"]
     expected += ["crop_x", "crop_y", "crop_side", "width", "height", "path", "sha256", "crop_sha256"]
+    expected += ["phash", "duplicate_of", "padded", "angle", "crop_offset", "crop_bytes"]  # ours
     assert pq.read_schema(tmp_path / "out" / "manifest.parquet").names == expected
 
 
@@ -144,11 +146,11 @@ def test_hostile_names_go_all_the_way(tmp_path):
 
 
 def test_crop_paths_stay_inside_and_fit_the_file_system():
-    long = crop_path("photos/" + "ä" * 200 + ".jpg", None)
+    long = crop_path("photos/" + "ä" * 200 + ".jpg")
     assert max(len(piece.encode()) for piece in long.split("/")) <= 255
-    assert long != crop_path("photos/" + "ä" * 200 + ".png", None)
-    assert crop_path("photos/a.png", None) != crop_path("photos/a.jpg", None)
-    assert crop_path("photos/a.jpg", 1) == "images/photos/a.jpg.1.jpg"
+    assert long != crop_path("photos/" + "ä" * 200 + ".png")
+    assert crop_path("photos/a.png") != crop_path("photos/a.jpg")
+    assert crop_path("photos/a.jpg", rank=1) == "images/photos/a.jpg.1.jpg"
 
 
 def test_rerun_does_nothing_and_keeps_every_byte(photos, tmp_path):
@@ -163,7 +165,7 @@ def test_rerun_does_nothing_and_keeps_every_byte(photos, tmp_path):
 def test_leftovers_of_killed_runs_are_swept(photos, tmp_path):
     crop(photos, tmp_path / "out")
     leftovers = [
-        tmp_path / "out" / name for name in (".parts/77.tmp", ".parts/.00009.parquet.7.tmp", ".contact.html.7.tmp")
+        tmp_path / "out" / name for name in (".parts/77.tmp", ".parts/.00009.arrows.7.tmp", ".contact.html.7.tmp")
     ]
     for path in leftovers:
         path.write_bytes(b"half")
@@ -243,8 +245,11 @@ def test_overwrite_replaces_nothing_but_crops(photos, tmp_path):
     (precious / "thesis.tex").write_text("...")
     with pytest.raises(OutputError, match="no crops folder"):
         crop(photos, precious, overwrite=True)
-    with pytest.raises(UsageError, match="lies in the output"):
+    with pytest.raises(OutputError, match="no crops folder"):
         crop(photos, photos.parent, overwrite=True)
+    crop(photos, tmp_path / "out")
+    with pytest.raises(UsageError, match="lies in the output"):
+        crop(tmp_path / "out" / "images", tmp_path / "out", overwrite=True)
     assert (precious / "thesis.tex").exists()
     assert len(list(photos.iterdir())) == 6
 
@@ -257,7 +262,7 @@ def test_output_that_cannot_be_written(photos, tmp_path, out):
 
 
 def test_two_runs_at_once_are_refused(photos, tmp_path):
-    with job.Journal(tmp_path / "out").locked(), pytest.raises(OutputError, match="another mefem crop"):
+    with Journal(tmp_path / "out").locked(), pytest.raises(OutputError, match="another mefem crop"):
         crop(photos, tmp_path / "out")
 
 
@@ -391,7 +396,7 @@ PROGRAM = [sys.executable, "-m", "mefem_cli", "crop"]
 
 
 def test_killed_run_ends_like_an_undisturbed_one(tmp_path):
-    """Kill -9 after the first chunk in the journal, then after the fourth; then compare every byte."""
+    """Kill -9 after the first chunk in the journal, then after some more; then compare every byte."""
     for index in range(60):
         photo(tmp_path / "photos" / f"{index:03d}.png", index, side=400 + index)
     for index in range(6):
@@ -400,9 +405,9 @@ def test_killed_run_ends_like_an_undisturbed_one(tmp_path):
     subprocess.run([*command, str(tmp_path / "undisturbed")], check=True, capture_output=True)
     out = tmp_path / "killed"
     num_killed = 0
-    for wanted_parts in (1, 4):
+    for wanted_rows in (1, 25):
         process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((out / ".parts").glob("*.parquet"))) < wanted_parts:
+        while process.poll() is None and len(Journal(out).read()) < wanted_rows:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         num_killed += process.wait() == -signal.SIGKILL
@@ -411,7 +416,8 @@ def test_killed_run_ends_like_an_undisturbed_one(tmp_path):
     subprocess.run([*command, str(out)], check=True, capture_output=True)
     assert content(out) == content(tmp_path / "undisturbed")
     assert read_manifest(out).select(SCHEMA.names).equals(read_manifest(tmp_path / "undisturbed"))
-    assert [path.name for path in (out / ".parts").iterdir() if path.suffix != ".parquet"] == ["lock"]
+    assert [path.name for path in (out / ".parts").iterdir() if path.suffix != ".arrows"] == ["lock"]
+    assert len(Journal(out).parts()) == 1
 
 
 def test_interrupted_run_says_so_and_goes_on(tmp_path):
@@ -421,7 +427,7 @@ def test_interrupted_run_says_so_and_goes_on(tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while process.poll() is None and not list((tmp_path / "out" / ".parts").glob("*.parquet")):
+    while process.poll() is None and not len(Journal(tmp_path / "out").read()):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     output, messages = process.communicate(timeout=30)

@@ -24,6 +24,7 @@ def made(folder, ids, size=224, statuses=None, **labels):
     table["id"] = pa.array(ids)
     table["status"] = pa.array(statuses or ["ok"] * len(ids))
     table["path"] = pa.array([f"images/{one}.jpg" for one in ids])
+    table["crop_offset"] = pa.nulls(len(ids), pa.int64())
     table["score"] = pa.array([None] * len(ids), pa.float64())
     table |= {LABEL + name: pa.array(values) for name, values in labels.items()}
     for one in ids:

@@ -1,4 +1,4 @@
-"""Photos -> 224 px face crops + a manifest.
+"""Photos and videos -> 224 px face crops + a manifest.
 
 Finds faces with BlazeFace, cuts the square of twice the face box, and writes crops/ with manifest.parquet, rejects.csv
 and contact.html. Run it again to take new photos in, or to go on where it was stopped.
@@ -12,32 +12,48 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mefem_cli.faces.crop import CropOptions
     from mefem_cli.faces.job import CropReport
     from mefem_cli.parts import Given
 
 OPTIONS = ("faces.crop:CropOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
-ARGUMENT = ("sources", "Folders (recursive), files or quoted globs; - reads one path a line from stdin.")
+ARGUMENT = (
+    "sources",
+    "Folders (recursive), photos, videos, tar shards, CSV or Parquet tables with a column path, or quoted globs; "
+    "- reads one path a line from stdin.",
+)
 NEEDS_A_DETECTOR = ("min_score", "faces", "scale", "pad")
 
 
 def run(arguments: list[str], given: Given) -> None:
     """Crop, say on stderr what came out, and print the folder's path."""
     from mefem_cli import console
-    from mefem_cli.faces import job, preview
+    from mefem_cli.faces import job, merge, preview
 
     begun = time.monotonic()
     options = given.build("faces.crop", "CropOptions")
     product_options = given.build("stores.product", "ProductOptions")
-    if options.detector == "none":
-        for name in NEEDS_A_DETECTOR:
-            if name in given:
-                console.warn(f"--{name.replace('_', '-')} has no effect with --detector none")
+    _warn_of_idle_options(options, given)
     if product_options.dry_run:
-        _print_preview(preview.preview(arguments, options, product_options))
+        preview_of = merge.preview if options.merge else preview.preview
+        _print_preview(preview_of(arguments, options, product_options))
         return
-    report = job.crop(arguments, options, product_options)
+    report = (merge.merge if options.merge else job.crop)(arguments, options, product_options)
     _tell(report)
     console.product(report.out, time.monotonic() - begun, **report.counts)
+
+
+def _warn_of_idle_options(options: CropOptions, given: Given) -> None:
+    from mefem_cli import console
+
+    if options.merge:
+        idle, why = [name for name in options.recipe if name in given], "--merge: the folders have their recipe"
+    elif options.detector == "none":
+        idle, why = [name for name in NEEDS_A_DETECTOR if name in given], "--detector none"
+    else:
+        return
+    for name in idle:
+        console.warn(f"--{name.replace('_', '-')} has no effect with {why}")
 
 
 def _tell(report: CropReport) -> None:
@@ -46,7 +62,9 @@ def _tell(report: CropReport) -> None:
     console.note(f"{report.crops:7d} crops")
     for reason, count in sorted(report.rejects.items(), key=lambda item: -item[1]):
         console.note(f"{count:7d} {reason}")
-    if not report.new:
+    if report.duplicates:
+        console.note(f"{report.duplicates:7d} rows are exact duplicates (duplicate_of in the manifest)")
+    if report.new == 0:
         console.note("nothing new to read")
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mefem_cli.faces import images
-from mefem_cli.faces.inputs import printable
+from mefem_cli.faces import images, reading, video
+from mefem_cli.faces.source import Source, printable
 from mefem_cli.reports import html
-from mefem_cli.stores.crops import OK, text_to_path
+from mefem_cli.stores.crops import OK, read_crop, text_to_path
 
 NUM_CROPS, NUM_REJECTS = 60, 12  # pictures shown, of crops and of each reject reason
 CROP_PX, REJECT_PX = 160, 320  # longest side of embedded pictures
@@ -43,8 +43,12 @@ rect.box { stroke: #ffb000; } rect.square { stroke: #ff4d6d; stroke-dasharray: 6
 KEY = """<p class="soft"><span class="key"></span> face box &nbsp; <span class="key square"></span> crop square</p>"""
 
 
-def page(out: Path, rows: pa.Table, max_pixels: int) -> str:
-    """Return the sheet of a crops folder; `rows` is its manifest. It needs no network and no file beside it."""
+def page(out: Path, rows: pa.Table, shown: pa.Table, max_pixels: int) -> str:
+    """Return the sheet of a crops folder: `shown` is its manifest, `rows` are the same rows of its journal.
+
+    It needs no network and no file beside it.
+    """
+    rows = _with_places(rows, shown)
     reasons = Counter(rows["reason"].to_pylist())
     num_crops = reasons.pop("", 0)
     lead = f"{num_crops} crops, {reasons.total()} rejects. Samples are evenly spaced over the sources."
@@ -61,6 +65,13 @@ def page(out: Path, rows: pa.Table, max_pixels: int) -> str:
         body.append(html.paragraph(REASONS_IN_WORDS[reason]))
         body += _rejects(_spread(rows.filter(pc.equal(rows["reason"], reason)), NUM_REJECTS), max_pixels)
     return html.page("mefem crop", lead, body)
+
+
+def _with_places(rows: pa.Table, shown: pa.Table) -> pa.Table:
+    """Return the manifest's rows with what says where the bytes of their sources lie."""
+    for name in ("file", "member_offset", "member_bytes"):
+        shown = shown.append_column(name, rows[name])
+    return shown
 
 
 def _reason_lines(reasons: Counter[str]) -> list[tuple[str, int, str]]:
@@ -80,10 +91,16 @@ def _spread(rows: pa.Table, limit: int) -> pa.Table:
 def _crops(out: Path, rows: pa.Table) -> Iterator[tuple[bytes, str]]:
     for row in _spread(rows.filter(pc.equal(rows["status"], OK)), NUM_CROPS).to_pylist():
         try:
-            pixels = images.decode((out / row["path"]).read_bytes(), max_pixels=1 << 30).pixels
+            content = read_crop(out, row["path"], row["crop_offset"], row["crop_bytes"])
+            pixels = images.decode(content, max_pixels=1 << 30).pixels
         except (OSError, images.ImageRejected):  # removed by hand: the manifest still tells
             continue
-        yield images.encode_jpeg(images.thumbnail(pixels, CROP_PX), QUALITY), _file_name(row["source"])
+        yield images.encode_jpeg(images.thumbnail(pixels, CROP_PX), QUALITY), _name(row)
+
+
+def _name(row: dict) -> str:
+    """Return a file's name, and the frame of a video."""
+    return _file_name(row["source"]) + (f" frame {row['frame']}" if row["frame"] else "")
 
 
 def _file_name(source: str) -> str:
@@ -94,7 +111,7 @@ def _rejects(rows: pa.Table, max_pixels: int) -> Iterator[str]:
     """Yield a picture of each reject that can be shown, then a list of the others."""
     figures, lines = [], []
     for row in rows.to_pylist():
-        name, detail = escape(_file_name(row["source"])), escape(row["detail"])
+        name, detail = escape(_name(row)), escape(row["detail"])
         drawing = _drawing(row, max_pixels) if row["width"] and row["reason"] != "too-large" else None
         if drawing is None:
             lines.append(f"<li><code>{name}</code> {detail}</li>")
@@ -109,9 +126,8 @@ def _rejects(rows: pa.Table, max_pixels: int) -> Iterator[str]:
 
 def _drawing(row: dict, max_pixels: int) -> str | None:
     """Return an SVG of the source with box and square; its view is wide enough to show where the square leaves."""
-    try:
-        pixels = images.decode(Path(text_to_path(row["source"])).read_bytes(), max_pixels).pixels
-    except (OSError, images.ImageRejected):  # gone, or changed since
+    pixels = _source_pixels(row, max_pixels)
+    if pixels is None:
         return None
     data = base64.b64encode(images.encode_jpeg(images.thumbnail(pixels, REJECT_PX), QUALITY)).decode()
     left, top, right, bottom = 0.0, 0.0, float(row["width"]), float(row["height"])
@@ -125,6 +141,19 @@ def _drawing(row: dict, max_pixels: int) -> str | None:
     margin = 0.02 * max(right - left, bottom - top)
     view = (left - margin, top - margin, right - left + 2 * margin, bottom - top + 2 * margin)
     return f'<svg viewBox="{" ".join(f"{value:.6g}" for value in view)}" role="img">{"".join(shapes)}</svg>'
+
+
+def _source_pixels(row: dict, max_pixels: int) -> np.ndarray | None:
+    """Return the picture that a row tells of, None where it is gone or has changed."""
+    path, size, offset = text_to_path(row["file"]), row["member_bytes"], row["member_offset"]
+    try:
+        with reading.opened(Source("", path, size, offset=offset), max_pixels) as file:
+            if not file.is_video:
+                return images.decode(file.content, max_pixels).pixels
+            wanted = video.parse_frame_choice(str(row["frame"]))
+            return next(video.read_frames(file.file, wanted, max_pixels)).pixels
+    except (images.ImageRejected, StopIteration):
+        return None
 
 
 def _rectangle(kind: str, x: float, y: float, width: float, height: float) -> str:

@@ -1,4 +1,4 @@
-"""One picture -> face crops by the paper's rule, or the reason why not.
+"""One picture or video -> face crops by the paper's rule, or the reason why not.
 
 BlazeFace gives a box; the crop is the square with side `scale * max(box width, box height)`, centred on the box; it is
 rejected if it leaves the image or is too small; else it is resampled to `size` px.
@@ -7,24 +7,26 @@ rejected if it leaves the image or is too small; else it is resampled to `size` 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mefem_cli.errors import OutputError, UsageError
-from mefem_cli.faces import geometry, images
-from mefem_cli.faces.detector import Detection, FaceDetector
+from mefem_cli.faces import geometry, images, phash, reading, video
+from mefem_cli.faces.detector import Detection, FaceDetector, Found
 from mefem_cli.faces.geometry import Square
-from mefem_cli.faces.inputs import Source, face_id
-from mefem_cli.stores.crops import IMAGES, KEYPOINTS, OK, REJECTED, SCHEMA, path_to_text
+from mefem_cli.faces.rows import CONTENT, STILL_FRAME, Row, failed_row, new_row
+from mefem_cli.faces.source import NOTHING, Given, GivenFace, Source
+from mefem_cli.stores.crops import IMAGES, KEYPOINTS, OK, path_to_text
 
 LONGEST_NAME = 255  # bytes that file systems allow in one name
-STILL_FRAME = 0
-Row = dict[str, Any]  # one row of the manifest, and the source's `name`, `size` and `mtime`
+GIVEN = "given"  # stands for the detector where boxes are given
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,20 @@ class CropOptions:
     size: int = 224  # side of a crop, px
     min_size: int = 224  # reject squares whose side in the picture is smaller, px
     pad: Literal["none", "reflect", "edge"] = "none"  # invent what lies beyond the picture instead of rejecting
+    align: Literal["none", "eyes"] = "none"  # eyes: turn the square until the eyes are level
+    frame: str = "middle"  # of a video: middle, first, best (of ten, by score), every:2s, or the frame's number
+    boxes: str | None = None  # CSV or Parquet table with face boxes to use instead of the detector
     labels: str | None = None  # CSV or Parquet table to join: its column path ends the picture's path, or is its stem
-    key: str | None = None  # column of --labels that names pictures, instead of path
-    quality: int = 95  # of the JPEG crops, 1 to 100
+    key: str | None = None  # column of --labels or --boxes that names pictures, instead of path
+    format: Literal["jpeg", "png", "webp"] = "jpeg"  # of the crops
+    quality: int = 95  # of JPEG and WebP crops, 1 to 100
+    shards: bool = False  # write the crops into tar files of about 1 GiB (webdataset) instead of one file each
+    shard: str | None = None  # i/N: do the i-th of N parts of the work, by the names of the sources; join with --merge
+    merge: bool = False  # the sources are crops folders of one recipe: join them
     max_pixels: int = 120_000_000  # larger pictures are rejected as too-large
     retry_rejected: bool = False  # try rejected pictures of an earlier run again
     max_rejects: str | None = None  # exit code 3 if more faces are rejected, as a number or as a percentage (10%)
+    null: bool = False  # paths on stdin end with a zero byte, as find -print0 writes them
     workers: int | None = None  # processes that read pictures and find faces; without it one per core
 
     def __post_init__(self) -> None:
@@ -57,16 +67,32 @@ class CropOptions:
             raise UsageError(f"--scale {self.scale}: wanted a number above 0")
         if self.min_score is not None and not 0 <= self.min_score <= 1:
             raise UsageError(f"--min-score {self.min_score}: wanted 0 to 1")
-        if self.key is not None and self.labels is None:
-            raise UsageError(f"--key {self.key}: names a column of --labels TABLE, which is not given")
+        if self.key is not None and self.labels is None and self.boxes is None:
+            raise UsageError(f"--key {self.key}: names a column of --labels or --boxes, which are not given")
         if self.max_rejects is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", self.max_rejects):
             raise UsageError(f"--max-rejects {self.max_rejects}: wanted a number (20) or a percentage (10%)")
+        if self.align != "none" and (self.detector == "none" or self.boxes is not None):
+            without = "--detector none" if self.detector == "none" else "--boxes"
+            raise UsageError(f"--align {self.align}: wants the eyes that a detector finds; leave {without} out")
+        video.parse_frame_choice(self.frame)
+        assert self.part
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of how many; (1, 1) is the whole. Raises UsageError."""
+        if self.shard is None:
+            return 1, 1
+        if match := re.fullmatch(r"(\d+)/(\d+)", self.shard):
+            index, count = int(match[1]), int(match[2])
+            if 1 <= index <= count:
+                return index, count
+        raise UsageError(f"--shard {self.shard}: wanted i/N with i from 1 to N, as in 1/4, 2/4, 3/4 and 4/4")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The options that decide what a crop looks like; one crops folder has one recipe."""
-        names = ("detector", "min_score", "faces", "scale", "size", "min_size", "pad", "quality", "max_pixels")
-        return {name: getattr(self, name) for name in names}
+        names = "detector min_score faces scale size min_size pad align frame format quality shards max_pixels"
+        return {name: getattr(self, name) for name in names.split()}
 
     def too_many(self, rejects: int, total: int) -> bool:
         """Return whether `--max-rejects` allows fewer than `rejects` of `total`."""
@@ -86,27 +112,62 @@ class Face:
     rank: int | None = None
     detection: Detection | None = None
     square: Square | None = None
+    angle: float = 0.0  # radians that the square is turned by, clockwise in the picture
+    padded: float = 0.0  # share of the crop that lies outside the picture
     pixels: np.ndarray | None = field(default=None, repr=False)
 
 
-def crop_faces(pixels: np.ndarray, options: CropOptions, detector: FaceDetector | None) -> list[Face]:
-    """Crop the faces in uint8 [H, W, 3] sRGB; without a detector the centred square of the whole picture.
+@dataclass(frozen=True)
+class Shot:
+    """One picture taken from a source, with the faces in it."""
+
+    frame: int
+    picture: images.Picture
+    faces: list[Face]
+
+    def merit(self) -> tuple[bool, float]:
+        """How good a frame of a video is: one with a crop first, then by the best score of a face."""
+        scores = [face.detection.score for face in self.faces if face.detection is not None]
+        return any(face.pixels is not None for face in self.faces), max(scores, default=0.0)
+
+
+def crop_faces(
+    picture: images.Picture, options: CropOptions, detector: FaceDetector | None, given: Given = NOTHING
+) -> list[Face]:
+    """Crop the faces in a picture; without a detector the centred square of the whole.
 
     Returns at least one item: a picture without a face is one whose `reason` says so.
     """
+    if given.faces:
+        return [_cut_given(picture, face, rank, options) for rank, face in enumerate(given.faces)]
     if detector is None:
-        height, width = pixels.shape[:2]
-        return [_cut(pixels, geometry.centred_square(width, height), None, 0, options)]
-    found = detector.detect(pixels)
+        return [_cut(picture, geometry.centred_square(picture.width, picture.height), None, 0, options)]
+    found = find_faces(picture, detector)
     if not found.faces:
         return [_no_face(found.doubtful, detector)]
-    if options.faces == "one" and len(found.faces) > 1:
-        best = found.faces[0]
-        square = geometry.square_around(best.box, options.scale)
-        return [Face("not-one-face", f"{len(found.faces)} faces", 0, best, square)]
-    chosen = found.faces if options.faces == "all" else found.faces[:1]
+    faces = found.faces
+    if given.point is not None:
+        wanted = np.array(given.point) * (picture.width, picture.height)
+        faces = sorted(faces, key=lambda face: math.dist(geometry.centre(face.box), wanted))[:1]
+    if options.faces == "one" and len(faces) > 1:
+        square = geometry.square_around(faces[0].box, options.scale)
+        return [Face("not-one-face", f"{len(faces)} faces", 0, faces[0], square)]
+    chosen = faces if options.faces == "all" else faces[:1]
     squares = [geometry.square_around(face.box, options.scale) for face in chosen]
-    return [_cut(pixels, squares[rank], face, rank, options) for rank, face in enumerate(chosen)]
+    return [_cut(picture, squares[rank], face, rank, options) for rank, face in enumerate(chosen)]
+
+
+def find_faces(picture: images.Picture, detector: FaceDetector) -> Found:
+    """Find faces in a picture, in its own pixels; large ones are looked for at a reduced scale."""
+    pixels, scale = picture.for_detection()
+    found = detector.detect(pixels)
+    doubtful = None if found.doubtful is None else _in_picture(found.doubtful, scale)
+    return Found([_in_picture(face, scale) for face in found.faces], doubtful)
+
+
+def _in_picture(face: Detection, scale: images.Scale) -> Detection:
+    keypoints = None if face.keypoints is None else scale.points_in_picture(face.keypoints)
+    return replace(face, box=scale.box_in_picture(face.box), keypoints=keypoints)
 
 
 def _no_face(doubtful: Detection | None, detector: FaceDetector) -> Face:
@@ -116,40 +177,57 @@ def _no_face(doubtful: Detection | None, detector: FaceDetector) -> Face:
     return Face("low-score", f"score {doubtful.score:.2f}, wanted {wanted:g}", 0, doubtful)
 
 
-def _cut(pixels: np.ndarray, square: Square, face: Detection | None, rank: int, options: CropOptions) -> Face:
+def _cut_given(picture: images.Picture, face: GivenFace, rank: int, options: CropOptions) -> Face:
+    if face.box is None:
+        return Face("bad-box", face.problem, rank)
+    detection = Detection(face.box, None, math.nan, GIVEN)
+    if geometry.intersection_over_union(face.box, (0, 0, picture.width, picture.height)) <= 0:
+        size = f"{picture.width} x {picture.height} px"
+        return Face("bad-box", f"the box lies outside the picture of {size}", rank, detection)
+    return _cut(picture, geometry.square_around(face.box, options.scale), detection, rank, options)
+
+
+def _cut(picture: images.Picture, square: Square, face: Detection | None, rank: int, options: CropOptions) -> Face:
     """Apply the paper's rule to one square."""
-    height, width = pixels.shape[:2]
-    detail = ""
-    if not geometry.is_inside(square, width, height):
+    angle, outside, details = 0.0, 0.0, []
+    if options.align == "eyes" and face is not None and face.keypoints is not None:
+        angle = geometry.eye_angle(face.keypoints)
+    if not geometry.is_inside(square, picture.width, picture.height, angle):
         if options.pad == "none":
-            return Face("border", _where_it_leaves(square, width, height), rank, face, square)
-        share = geometry.outside_fraction(square, width, height)
-        detail = f"padded by {options.pad}: {share:.1%} of the crop is invented"
+            where = _where_it_leaves(square, picture.width, picture.height, angle)
+            return Face("border", where, rank, face, square, angle)
+        outside = geometry.outside_fraction(square, picture.width, picture.height, angle)
+        details.append(f"padded by {options.pad}: {outside:.1%} of the crop is invented")
     if square.side < options.min_size:
         detail = f"the square is {round(square.side, 2):g} px, wanted {options.min_size}"
-        return Face("small", detail, rank, face, square)
+        return Face("small", detail, rank, face, square, angle)
     pad: Literal["reflect", "edge"] = "reflect" if options.pad == "reflect" else "edge"
-    return Face("", detail, rank, face, square, geometry.resample(pixels, square, options.size, pad))
+    pixels = picture.crop(square, options.size, pad, angle)
+    return Face("", "; ".join(details), rank, face, square, angle, outside, pixels)
 
 
-def _where_it_leaves(square: Square, width: int, height: int) -> str:
+def _where_it_leaves(square: Square, width: int, height: int, angle: float) -> str:
+    left, top, right, bottom = geometry.bounds(square, angle)
     beyond = {
-        "on the left": -square.x,
-        "at the top": -square.y,
-        "on the right": square.x + square.side - width,
-        "at the bottom": square.y + square.side - height,
+        "on the left": -left,
+        "at the top": -top,
+        "on the right": right - width,
+        "at the bottom": bottom - height,
     }
     parts = [f"{round(by, 2):g} px {where}" for where, by in beyond.items() if by > 0]
     return f"the square leaves the picture: {', '.join(parts)}"
 
 
 class Cropper:
-    """The work of one process: sources -> rows of the manifest, the crops written below `out` (None: not written)."""
+    """The work of one process: sources -> rows of the journal.
+
+    Crops are written below `out`; with --shards they travel in the rows; without `out` (a dry run) they are not kept.
+    """
 
     def __init__(self, options: CropOptions, out: Path | None):
         self.options, self.out = options, out
-        min_score = options.min_score
-        self._detector = None if options.detector == "none" else FaceDetector(options.detector, min_score)
+        self._frames = video.parse_frame_choice(options.frame)
+        self._detector = None if options.detector == "none" else FaceDetector(options.detector, options.min_score)
 
     def __call__(self, sources: list[Source]) -> list[list[Row]]:
         """Return the rows of each source. Raises OutputError where a crop cannot be written."""
@@ -161,70 +239,93 @@ class Cropper:
             self._detector.close()
 
     def crop_source(self, source: Source) -> list[Row]:
-        """Read one picture, crop its faces, write the crops; return a row per face or one for the failure."""
-        digest = ""
+        """Read one source, crop its faces, keep the crops; return a row per face, or one that says what failed."""
+        known: Row = {}
+        rows: list[Row] = []
+        given = Given.from_json(source.given)
         try:
-            content = _read(source, self.options.max_pixels)
-            digest = hashlib.sha256(content).hexdigest()
-            picture = images.decode(content, self.options.max_pixels)
-            faces = crop_faces(picture.pixels, self.options, self._detector)
+            with reading.opened(source, self.options.max_pixels) as file:
+                known["sha256"] = file.sha256
+                for frame in self._shots(file, given):
+                    rows += self._rows(source, given, frame, file)
         except images.ImageRejected as rejected:
             size = {"width": rejected.width, "height": rejected.height}
-            return [failed_row(source, rejected.reason, rejected.detail, sha256=digest, **size)]
+            rows.append(failed_row(source, rejected.reason, rejected.detail, **known, **size))
         except MemoryError:
-            return [failed_row(source, images.TOO_LARGE, "not enough memory to find faces in it", sha256=digest)]
-        height, width = picture.pixels.shape[:2]
-        known = {"sha256": digest, "width": width, "height": height}
-        return [self._row(source, face, known, picture.remark) for face in faces]
+            rows.append(failed_row(source, images.TOO_LARGE, "not enough memory to find faces in it", **known))
+        return rows
 
-    def _row(self, source: Source, face: Face, known: Row, remark: str) -> Row:
-        row = failed_row(source, face.reason, "; ".join(filter(None, (face.detail, remark))), **known)
-        row |= {"id": face_id(source.name, STILL_FRAME, face.rank or 0), "face": face.rank}
-        row["detector"] = "none" if self._detector is None else ""
-        if face.detection is not None:
-            row |= {"detector": face.detection.model, "score": face.detection.score}
-            row |= dict(zip(("box_x", "box_y", "box_w", "box_h"), face.detection.box, strict=True))
+    def _shots(self, file: reading.OpenSource, given: Given) -> Iterator[Shot]:
+        """Yield the pictures to take from a source with the faces in them: a still, or frames of a video."""
+        if not file.is_video:
+            picture = images.open_picture(file.content, self.options.max_pixels)
+            yield Shot(STILL_FRAME, picture, crop_faces(picture, self.options, self._detector, given))
+            return
+        frames = video.read_frames(file.file, self._frames, self.options.max_pixels, given.segment)
+        shots = (
+            Shot(frame.index, picture, crop_faces(picture, self.options, self._detector, given))
+            for frame in frames
+            for picture in [images.Picture.of(frame.pixels)]
+        )
+        if self._frames.is_best:
+            yield max(shots, key=Shot.merit)
+        else:
+            yield from shots
+
+    def _rows(self, source: Source, given: Given, shot: Shot, file: reading.OpenSource) -> list[Row]:
+        is_numbered = self.options.faces == "all" or len(given.faces) > 1
+        rows = []
+        for face in shot.faces:
+            remark = "; ".join(filter(None, (face.detail, shot.picture.remark)))
+            known = {"sha256": file.sha256, "width": shot.picture.width, "height": shot.picture.height}
+            row = new_row(source, shot.frame, face.rank, given, reason=face.reason, detail=remark, **known)
+            row |= _what_was_found(face, "none" if self._detector is None else "")
+            if face.pixels is not None:
+                numbers = shot.frame if file.is_video else None, face.rank if is_numbered else None
+                row |= self._keep(source, face, numbers)
+            rows.append(row)
+        return rows
+
+    def _keep(self, source: Source, face: Face, numbers: tuple[int | None, int | None]) -> Row:
+        """Encode a crop and write it, or put it into the row; return what the row says of it."""
+        assert face.pixels is not None
+        encoded = images.encode(face.pixels, self.options.format, self.options.quality)
+        kept: Row = {"status": OK, "crop_sha256": hashlib.sha256(encoded).hexdigest(), "crop_bytes": len(encoded)}
+        kept |= {"phash": phash.phash(face.pixels), "padded": face.padded, "angle": math.degrees(face.angle)}
+        if self.options.shards:
+            return kept | {CONTENT: encoded}
+        path = crop_path(source.name, *numbers, suffix=images.SUFFIXES[self.options.format])
+        if self.out is not None:
+            _write(self.out, path, encoded)
+        return kept | {"path": path}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _what_was_found(face: Face, model: str) -> Row:
+    row: Row = {"detector": model}
+    if face.detection is not None:
+        row |= {"detector": face.detection.model, "score": _known(face.detection.score)}
+        row |= dict(zip(("box_x", "box_y", "box_w", "box_h"), face.detection.box, strict=True))
+        if face.detection.keypoints is not None:
             row |= dict(zip(KEYPOINTS, face.detection.keypoints.ravel().tolist(), strict=True))
-        if face.square is not None:
-            row |= {"crop_x": face.square.x, "crop_y": face.square.y, "crop_side": face.square.side}
-        if face.pixels is not None:
-            encoded = images.encode_jpeg(face.pixels, self.options.quality)
-            path = crop_path(source.name, face.rank if self.options.faces == "all" else None)
-            row |= {"status": OK, "path": path, "crop_sha256": hashlib.sha256(encoded).hexdigest()}
-            if self.out is not None:
-                _write(self.out, path, encoded)
-        return row
+    if face.square is not None:
+        row |= {"crop_x": face.square.x, "crop_y": face.square.y, "crop_side": face.square.side}
+    return row
 
 
-def failed_row(source: Source, reason: str, detail: str, **known: Any) -> Row:
-    """Return the manifest row of a source of which nothing but `known` is known."""
-    row: Row = {name: "" if str(SCHEMA.field(name).type) == "string" else None for name in SCHEMA.names}
-    row |= {"id": face_id(source.name, STILL_FRAME, 0), "source": path_to_text(source.path), "frame": STILL_FRAME}
-    row |= {"status": REJECTED, "reason": reason, "detail": detail}
-    row |= {"name": path_to_text(source.name), "size": source.size, "mtime": source.mtime}
-    return row | known
+def crop_path(name: str, frame: int | None = None, rank: int | None = None, suffix: str = ".jpg") -> str:
+    """Return where a crop lies in a crops folder: `frame` is given for videos, `rank` where there may be several faces.
 
-
-def _read(source: Source, max_pixels: int) -> bytes:
-    if source.problem:
-        raise images.ImageRejected(images.UNREADABLE, source.problem)
-    if source.size > max_pixels * images.MAX_BYTES_PER_PIXEL:
-        raise images.ImageRejected(images.TOO_LARGE, f"the file has {source.size} bytes; --max-pixels is {max_pixels}")
-    try:
-        return Path(source.path).read_bytes()
-    except OSError as error:
-        raise images.ImageRejected(images.UNREADABLE, error.strerror or "cannot be read") from error
-
-
-def crop_path(name: str, rank: int | None) -> str:
-    """Return where the crop of a source lies in a crops folder; `rank` is given where a picture may have several.
-
-    >>> crop_path("photos/anna.png", None)
+    >>> crop_path("photos/anna.png")
     'images/photos/anna.png.jpg'
-    >>> crop_path("photos/group.jpg", 2)
-    'images/photos/group.jpg.2.jpg'
+    >>> crop_path("clips/group.mp4", frame=37, rank=2)
+    'images/clips/group.mp4.f37.2.jpg'
     """
-    suffix = ".jpg" if rank is None else f".{rank}.jpg"
+    which = "" if frame is None else f".f{frame}"
+    suffix = f"{which}{suffix}" if rank is None else f"{which}.{rank}{suffix}"
     *folders, file = path_to_text(name).split("/")
     return "/".join([IMAGES, *(_fitting(folder, "") for folder in folders), _fitting(file, suffix)])
 

@@ -1,129 +1,93 @@
-"""What was named on the command line -> the pictures to read, in a stable order.
+"""What was named on the command line -> the pictures and videos to read, in a stable order.
 
 A folder is read to its depth, following symbolic links but no loops. In folders and globs, what is neither named like
-an image nor begins like one is skipped and counted; a file that is named like an image counts as one, so that a broken
-one is a reject and not silently lost. A file named itself is always taken.
+an image, a video or a tar shard nor begins like an image is skipped and counted; a file that is named like one counts
+as one, so that a broken one is a reject and not silently lost. A file named itself is always taken; if it is a tar
+shard or a table, what it holds or names is.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 import stat
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mefem_cli.errors import NoInputError, UsageError
-from mefem_cli.stores.crops import path_to_text
+from mefem_cli.faces import images, tables
+from mefem_cli.faces.listing import Listing, without_repeats
+from mefem_cli.faces.source import NOTHING, Given, GivenFace, Label, Source, hash63, printable
+from mefem_cli.faces.video import VIDEO_SUFFIXES
+from mefem_cli.stores import shards
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 IMAGE_SUFFIXES |= {".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pnm"}
+SHARD_SUFFIX = ".tar"
 LABELS_FILE = "labels.csv"  # beside or in a folder of photos, it is worth a hint
 STDIN = "-"
+BEGINNING = 512  # bytes that tell what a file is
+
+GivenBoxes = Callable[[str, dict[str, Label]], tuple[GivenFace, ...]]  # place, labels -> the faces of a source
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A picture to read. `name` makes its id: the argument's base name / the path below it."""
+@dataclass(frozen=True)
+class Wanted:
+    """What the options ask of the listing."""
 
-    name: str
-    path: str  # absolute
-    size: int = 0  # bytes
-    mtime: int = 0  # ns; with `size`, what tells that a file has changed
-    problem: str = ""  # why it cannot be read, if that is known already
-
-
-@dataclass
-class Listing:
-    """All sources of a run; `skipped` counts other files by kind, `label_tables` are tables seen beside them."""
-
-    sources: list[Source] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    label_tables: list[str] = field(default_factory=list)
+    limit: int | None = None  # sources
+    part: tuple[int, int] = (1, 1)  # i of N: the i-th of N parts, by the hash of the name
+    boxes: GivenBoxes | None = None
+    null: bool = False  # paths on stdin end with a zero byte, not with a line
 
 
-def face_id(name: str, frame: int, face: int) -> str:
-    """Return a face's id: the first 16 hex digits of sha256 over name, frame and face rank.
-
-    The bytes are the name as the file system spells it, a zero byte, the frame in decimal digits, a zero byte and the
-    rank in decimal digits. A source without a face has the id of rank 0.
-
-    >>> face_id("photos/anna.jpg", 0, 0)
-    '52116577a20d4a22'
-    """
-    content = b"\0".join([os.fsencode(name), str(frame).encode(), str(face).encode()])
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def printable(path: str) -> str:
-    r"""Return a path for a message: one line, no control characters, whatever its bytes.
-
-    >>> printable("a\nb.jpg")
-    'a\\nb.jpg'
-    """
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in path_to_text(path))
-
-
-def list_sources(arguments: list[str], out: Path, limit: int | None = None) -> Listing:
-    """Find the pictures that `arguments` name: folders, files, globs, or `-` for one path a line on stdin.
+def list_sources(arguments: list[str], out: Path, wanted: Wanted = Wanted()) -> Listing:  # noqa: B008
+    """Find what `arguments` name: folders, files, globs, tar shards, tables, or `-` for one path a line on stdin.
 
     What is in `out`, the product of an earlier run, is no source. Raises NoInputError for a path that does not exist,
     UsageError where two files would become one id.
     """
     listing = Listing()
-    paths: dict[str, str] = {}
-    finder = _Finder(listing, os.path.realpath(out))
-    for source in finder.find(arguments):
-        earlier = paths.get(source.name)
-        if earlier == source.path:  # named twice
+    index, count = wanted.part
+    for source in _Finder(listing, os.path.realpath(out), wanted).find(arguments):
+        if count > 1 and hash63(source.name) % count != index - 1:
             continue
-        if earlier is not None:
-            both = f"{printable(earlier)} and {printable(source.path)}"
-            name = printable(source.name)
-            raise UsageError(f"{both} would share one id, as both are {name}; name a folder above both instead")
-        paths[source.name] = source.path
         listing.sources.append(source)
-        if limit is not None and len(listing.sources) >= limit:
+        if wanted.limit is not None and len(listing.sources) >= wanted.limit:
             break
+    listing.sources.close()
+    listing.sources = without_repeats(listing.sources)
     return listing
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A file or folder below the folder that was named; `above` is the (device, inode) of each folder it is in."""
-
-    path: str
-    relative: str
-    above: frozenset[tuple[int, int]]
 
 
 class _Finder:
     """Walks what was named; counts what it skips in `listing`."""
 
-    def __init__(self, listing: Listing, out: str):
-        self.listing, self.out = listing, out
+    def __init__(self, listing: Listing, out: str, wanted: Wanted):
+        self.listing, self.out, self.wanted = listing, out, wanted
+        self._sidecars = _Sidecars()
+        self._is_one_of_many = False  # whether several sources are named
 
     def find(self, arguments: list[str]) -> Iterator[Source]:
+        self._is_one_of_many = len(arguments) > 1
         for argument in arguments:
             if argument == STDIN:
                 yield from self._stdin()
             elif os.path.lexists(argument):
-                yield from self._named(os.path.abspath(argument), os.path.basename(os.path.abspath(argument)))
+                path = os.path.abspath(argument)
+                yield from self._named(path, os.path.basename(path))
             elif glob.has_magic(argument):
                 yield from self._glob(argument)
             else:
                 raise NoInputError(f"no such file or folder: {printable(argument)}{_similar_sibling(argument)}")
 
     def _stdin(self) -> Iterator[Source]:
-        for line in sys.stdin.buffer:
-            given = os.fsdecode(line.rstrip(b"\r\n"))
-            if not given:
-                continue
+        for given in _records(b"\0" if self.wanted.null else b"\n"):
             name = os.path.normpath(given)
             if name.startswith(os.pardir):
                 name = os.path.abspath(given)
@@ -134,11 +98,32 @@ class _Finder:
                 yield Source(name, os.path.abspath(given), problem="no such file")
 
     def _named(self, path: str, name: str) -> Iterator[Source]:
-        if os.path.isdir(path):
+        """Yield what a path that the user wrote down stands for; what it is, its content tells."""
+        self._refuse_output(path)
+        status = _status(path)
+        if status is not None and stat.S_ISDIR(status.st_mode):
             self._look_for_labels(path)
             yield from self._walk(path, name)
+            return
+        start = _beginning(path) if status is not None and stat.S_ISREG(status.st_mode) else b""
+        if shards.is_tar(start) or (status is not None and path.lower().endswith(SHARD_SUFFIX)):
+            yield from self._shard(path, name)
+        elif start and _is_table(path, start):
+            if not self._is_label_table(path):
+                yield from self._table(path, name)
         else:
-            yield _source(name, path, _status(path))
+            yield self._source(name, path, status)
+
+    def _is_label_table(self, path: str) -> bool:
+        """Whether a table named with other files is there because a shell's `photos/*` named all; then it is a hint."""
+        is_labels = self._is_one_of_many and os.path.basename(path) == LABELS_FILE
+        if is_labels:
+            self.listing.label_tables.append(path)
+        return is_labels
+
+    def _refuse_output(self, path: str) -> None:
+        if os.path.realpath(path).startswith(self.out + os.sep):
+            raise UsageError(f"{printable(path)} lies in the output {printable(self.out)}; name another --out")
 
     def _glob(self, pattern: str) -> Iterator[Source]:
         """Walk below the pattern's fixed folder and keep what matches; a folder that matches is taken whole."""
@@ -148,10 +133,10 @@ class _Finder:
         if not os.path.isdir(folder):
             shown = f"{printable(folder)} (in {printable(pattern)})"
             raise NoInputError(f"no such folder: {shown}{_similar_sibling(folder)}")
-        name = os.path.basename(folder)
+        self._refuse_output(folder)
         wanted = glob_expression("/".join(pieces[fixed:]))
         found = False
-        for source in self._walk(folder, name, wanted):
+        for source in self._walk(folder, os.path.basename(folder), wanted):
             found = True
             yield source
         if not found:
@@ -159,50 +144,148 @@ class _Finder:
 
     def _walk(self, folder: str, name: str, wanted: re.Pattern[str] | None = None) -> Iterator[Source]:
         """Yield the pictures below a folder, sorted by the bytes of their names, depth first."""
-        pending = [_Entry(folder, "", frozenset())]
-        while pending:
-            entry = pending.pop()
-            status = _status(entry.path)
+        open_folders = [self._entries(folder, "", frozenset())]
+        while open_folders:
+            entry = next(open_folders[-1], None)
+            if entry is None:
+                open_folders.pop()
+                continue
+            path, relative, above = entry
+            status = _status(path)
             if status is not None and stat.S_ISDIR(status.st_mode):
-                pending += self._open_folder(entry, status)
-            elif (wanted is None or wanted.fullmatch(entry.relative)) and self._is_candidate(entry.path, status):
-                yield _source(f"{name}/{entry.relative}" if name else entry.relative, entry.path, status)
+                open_folders.append(self._entries(path, relative, above))
+            elif wanted is None or wanted.fullmatch(relative):
+                yield from self._file(path, f"{name}/{relative}" if name else relative, status)
 
-    def _open_folder(self, folder: _Entry, status: os.stat_result) -> list[_Entry]:
-        """Return a folder's entries, the last one first, as a stack wants them."""
-        identity = (status.st_dev, status.st_ino)
-        if identity in folder.above:
+    def _entries(self, folder: str, relative: str, above: frozenset) -> Iterator[tuple[str, str, frozenset]]:
+        """Yield (path, path below the folder named, identities of the folders above) of what is in a folder."""
+        status = _status(folder)
+        identity = None if status is None else (status.st_dev, status.st_ino)
+        if identity in above:
             self.listing.skipped["symbolic link loop"] += 1
-            return []
-        if os.path.realpath(folder.path) == self.out:
-            return []
+            return
+        if f"{os.path.realpath(folder)}/".startswith(f"{self.out}/"):
+            return
         try:
-            names = sorted(os.listdir(folder.path), key=os.fsencode, reverse=True)
+            names = sorted(os.listdir(folder), key=os.fsencode)
         except OSError:
             self.listing.skipped["folder that cannot be read"] += 1
-            return []
-        visible = [one for one in names if not one.startswith(".")]
-        if len(visible) < len(names):
-            self.listing.skipped["hidden"] += len(names) - len(visible)
-        prefix = f"{folder.relative}/" if folder.relative else ""
-        above = folder.above | {identity}
-        return [_Entry(os.path.join(folder.path, one), prefix + one, above) for one in visible]
+            return
+        prefix = f"{relative}/" if relative else ""
+        for name in names:
+            if name.startswith("."):
+                self.listing.skipped["hidden"] += 1
+            else:
+                yield f"{folder}/{name}", prefix + name, above | {identity}
 
-    def _is_candidate(self, path: str, status: os.stat_result | None) -> bool:
+    def _file(self, path: str, name: str, status: os.stat_result | None) -> Iterator[Source]:
+        """Yield what a file in a folder holds, if it is a picture, a video or a shard."""
         suffix = os.path.splitext(path)[1].lower()
         if status is not None and not stat.S_ISREG(status.st_mode):
             self.listing.skipped["special file"] += 1
-        elif suffix in IMAGE_SUFFIXES or _begins_like_image(path):
-            return True
+        elif suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
+            yield self._source(name, path, status)
+        elif suffix == SHARD_SUFFIX:
+            yield from self._shard(path, name)
+        elif images.begins_like_image(_beginning(path)):
+            yield self._source(name, path, status)
         else:
             self.listing.skipped[printable(suffix) or "no suffix"] += 1
-        return False
+
+    def _source(self, name: str, path: str, status: os.stat_result | None) -> Source:
+        if status is None:
+            return Source(name, path, problem="broken symbolic link" if os.path.islink(path) else "no such file")
+        problem = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+        labels = self._sidecars.of_file(path)
+        given = self._given(path, labels)
+        return Source(name, path, status.st_size, status.st_mtime_ns, problem, given=given)
+
+    def _given(self, place: str, labels: dict[str, Label], given: Given = NOTHING) -> str:
+        """Return what is known of a source beforehand: sidecars, a table's row, and the table of boxes."""
+        if not labels and given is NOTHING and self.wanted.boxes is None:
+            return ""
+        labels = {**labels, **(given.labels or {})}
+        faces = given.faces
+        if self.wanted.boxes is not None and not faces:
+            faces = self.wanted.boxes(place, labels)
+        return replace(given, labels=labels or None, faces=faces).to_json()
+
+    def _shard(self, path: str, name: str) -> Iterator[Source]:
+        """Yield the pictures and videos in a tar shard; the other files of a sample are its labels."""
+        status = _status(path)
+        if status is None:
+            yield self._source(name, path, status)
+            return
+        with open(path, "rb") as file:
+            try:
+                for sample in shards.samples(path, self.listing.skipped):
+                    labels = {**self._sidecars.of_sample(path, sample.key), **self._labels(sample, file.fileno())}
+                    for member in _media(sample):
+                        problem = shards.unsafe_name(member.name)
+                        given = self._given(f"{path}/{member.name}", labels)
+                        where: dict[str, Any] = {"member": member.name, "offset": member.offset, "given": given}
+                        inside = f"{name}/{member.name}"
+                        yield Source(inside, path, member.size, status.st_mtime_ns, problem, **where)
+            except shards.DamagedShard as error:
+                yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"damaged tar shard: {error.detail}")
+
+    def _labels(self, sample: shards.Sample, descriptor: int) -> dict[str, Label]:
+        labels, remark = shards.sample_labels(sample, descriptor)
+        if remark:
+            self.listing.skipped["sidecar that is not used"] += 1
+        return tables.useful(labels)
+
+    def _table(self, path: str, name: str) -> Iterator[Source]:
+        """Yield the files that a table names."""
+        folder = os.path.dirname(path)
+        for row in tables.rows_of(Path(path)):
+            place = os.path.join(folder, row.path)
+            inside = f"{name}/{row.path.lstrip('/')}{row.tag}"
+            given = self._given(place, {}, row.given)
+            status = _status(place)
+            problem = row.problem or ("no such file" if status is None else "")
+            size, mtime = (0, 0) if status is None or row.problem else (status.st_size, status.st_mtime_ns)
+            yield Source(inside, place, size, mtime, problem, given=given)
 
     def _look_for_labels(self, folder: str) -> None:
         for place in (folder, os.path.dirname(folder)):
             table = os.path.join(place, LABELS_FILE)
             if os.path.isfile(table) and table not in self.listing.label_tables:
                 self.listing.label_tables.append(table)
+
+
+class _Sidecars:
+    """What a downloader (img2dataset) wrote beside the files of a folder or the samples of a shard."""
+
+    def __init__(self) -> None:
+        self._table = lru_cache(maxsize=2)(tables.sidecars_of)  # sources come folder by folder
+        self._is_downloaded = lru_cache(maxsize=2)(lambda folder: os.path.isfile(f"{folder}_stats.json"))
+
+    def of_file(self, path: str) -> dict[str, Label]:
+        """Return the labels of a file."""
+        folder, name = os.path.split(path)
+        table = self._table(folder)
+        labels = {} if table is None else table.labels(name.partition(".")[0])
+        return {**labels, **tables.file_sidecar(path)} if self._is_downloaded(folder) else labels
+
+    def of_sample(self, shard: str, key: str) -> dict[str, Label]:
+        """Return the labels of a sample."""
+        table = self._table(shard)
+        return {} if table is None else table.labels(key)
+
+
+def _records(end: bytes) -> Iterator[str]:
+    """Yield the paths on stdin, each of which ends with `end`."""
+    rest = b""
+    while block := sys.stdin.buffer.read(1 << 16):
+        *records, rest = (rest + block).split(end)
+        yield from (os.fsdecode(one) for one in map(_stripped, records) if one)
+    if last := _stripped(rest):
+        yield os.fsdecode(last)
+
+
+def _stripped(record: bytes) -> bytes:
+    return record.rstrip(b"\r\n")
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -212,24 +295,25 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _source(name: str, path: str, status: os.stat_result | None) -> Source:
-    if status is None:
-        return Source(name, path, problem="broken symbolic link" if os.path.islink(path) else "cannot be read")
-    problem = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-    return Source(name, path, status.st_size, status.st_mtime_ns, problem)
-
-
-def _begins_like_image(path: str) -> bool:
+def _beginning(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            start = file.read(16)
+            return file.read(BEGINNING)
     except OSError:
-        return False
-    is_bitmap = start.startswith(b"BM") and start[6:10] == b"\0\0\0\0"
-    is_webp = start.startswith(b"RIFF") and start[8:12] == b"WEBP"
-    is_heif = start[4:12] in (b"ftypavif", b"ftypheic", b"ftypheix", b"ftypmif1")
-    signatures = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-    return start.startswith(signatures) or is_bitmap or is_webp or is_heif
+        return b""
+
+
+def _is_table(path: str, start: bytes) -> bool:
+    """Whether a named file is a table; plain text only if its first line names a column `path`."""
+    is_text = path.lower().endswith(".txt")
+    return tables.is_table(path, start) and (not is_text or b"path" in start.partition(b"\n")[0].lower())
+
+
+def _media(sample: shards.Sample) -> Iterator[shards.Member]:
+    for member in sample.files.values():
+        suffix = os.path.splitext(member.name)[1].lower()
+        if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
+            yield member
 
 
 def glob_expression(pattern: str) -> re.Pattern[str]:

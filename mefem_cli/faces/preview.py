@@ -14,8 +14,8 @@ import numpy as np
 
 from mefem_cli.faces import job, labels
 from mefem_cli.faces.crop import CropOptions, Cropper
-from mefem_cli.faces.inputs import Source
 from mefem_cli.faces.journal import Journal, known_sources
+from mefem_cli.faces.source import Source
 from mefem_cli.faces.workers import Died, run_chunks
 from mefem_cli.stores.crops import OK
 from mefem_cli.stores.product import ProductOptions
@@ -28,16 +28,18 @@ START_SECONDS = 1.5  # until the processes have loaded MediaPipe
 def preview(arguments: list[str], options: CropOptions, product_options: ProductOptions) -> dict[str, Any]:
     """Return what `job.crop` would do with the same arguments. Raises the same errors for bad input and output."""
     out = Path(product_options.out or job.DEFAULT_OUT)
-    listing = job.find_sources(arguments, out, product_options.limit)
-    job.tell_about_listing(listing, options)
     job.check_output(out, product_options.overwrite)
-    known = {} if product_options.overwrite else known_sources(Journal(out).read())
     if not product_options.overwrite:
         job.refuse_other_options(out, options)
+    listing = job.find_sources(arguments, out, options, product_options.limit)
+    job.tell_about_listing(listing, options)
+    journal = Journal(out).read()
+    rows = journal.slice(0, 0) if product_options.overwrite else journal
+    known = known_sources(rows, out)
     if options.labels is not None:
         labels.read_labels(Path(options.labels), options.key)
-    plan = job.make_plan(listing, options, known)
-    kinds = Counter(os.path.splitext(source.path)[1].lower() or "no suffix" for source in listing.sources)
+    plan = job.make_plan(listing, options, known, rows)
+    kinds = Counter(os.path.splitext(source.place)[1].lower() or "no suffix" for source in listing.sources)
     return {
         "out": str(out.absolute()),
         "state": _state(out, plan, product_options.overwrite),
@@ -48,7 +50,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
         "known": len(known),
         "workers": plan.num_workers,
         **_estimate(plan, options),
-        "options": {**options.recipe, "labels": options.labels, "key": options.key},
+        "options": job.resolved(options),
     }
 
 
@@ -57,15 +59,15 @@ def _state(out: Path, plan: job.Plan, overwrite: bool) -> str:
         return "new"
     if overwrite:
         return "is replaced"
-    return "goes on" if plan.pending else "is complete"
+    return "goes on" if len(plan.pending) else "is complete"
 
 
 def _estimate(plan: job.Plan, options: CropOptions) -> dict[str, Any]:
     """Crop a few pending sources in memory, evenly spaced, and extrapolate time, disk space and rejects."""
-    if not plan.pending:
+    if not len(plan.pending):
         return {"sampled": 0, "seconds": 0.0, "megabytes": 0.0, "expected_rejects": {}}
     indices = np.unique(np.linspace(0, len(plan.pending) - 1, NUM_SAMPLES).astype(int))
-    samples = [plan.pending[index] for index in indices]
+    samples = list(plan.listing.sources.take(plan.pending[indices]))
     reasons, seconds_each = _sample(samples, options)
     scale_up = len(plan.pending) / len(samples)
     num_crops = reasons.pop("", 0) * scale_up

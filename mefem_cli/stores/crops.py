@@ -19,14 +19,10 @@ import pyarrow.parquet as pq
 
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.stores import product
+from mefem_cli.stores.shards import ShardReader
 
-MANIFEST, REJECTS, CONTACT, PROVENANCE, IMAGES = (
-    "manifest.parquet",
-    "rejects.csv",
-    "contact.html",
-    "provenance.json",
-    "images",
-)
+MANIFEST, REJECTS, CONTACT, PROVENANCE = "manifest.parquet", "rejects.csv", "contact.html", "provenance.json"
+IMAGES, SHARDS = "images", "shards"
 FORMAT, VERSION = "mefem-crops", 1
 HEADER_KEY = b"mefem"  # the parquet metadata entry that holds format and version
 LABEL = "label:"
@@ -34,6 +30,7 @@ OK, REJECTED = "ok", "rejected"
 REASONS = ("unreadable", "too-large", "no-face", "border", "small", "low-score", "not-one-face", "bad-box")
 KEYPOINTS = tuple(f"kp_{index}_{axis}" for index in range(6) for axis in "xy")
 
+_SHARDS = ShardReader()
 _TEXT, _INTEGER, _REAL = pa.string(), pa.int64(), pa.float64()
 SCHEMA = pa.schema(
     [
@@ -54,6 +51,12 @@ SCHEMA = pa.schema(
         ("path", _TEXT),
         ("sha256", _TEXT),
         ("crop_sha256", _TEXT),
+        ("phash", _TEXT),  # 16 hex digits; crops that look alike differ in few bits
+        ("duplicate_of", _TEXT),  # id of the first row with the same source bytes, frame and face
+        ("padded", _REAL),  # share of the crop that lies outside the picture and is invented
+        ("angle", _REAL),  # degrees that the crop's square is turned by, clockwise in the picture
+        ("crop_offset", _INTEGER),  # where the crop begins in the tar shard that `path` names; none: `path` is the crop
+        ("crop_bytes", _INTEGER),  # size of the encoded crop
     ]
 )
 
@@ -107,6 +110,9 @@ def read_manifest(folder: Path) -> pa.Table:
         raise NoInputError(f"{path} was not written by mefem crop")
     if header["version"] > VERSION:
         raise UsageError(f"{path} has version {header['version']}, this mefem reads up to {VERSION}; upgrade mefem-cli")
+    for field in SCHEMA:  # columns that an earlier mefem did not write
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     return rows
 
 
@@ -190,7 +196,8 @@ class Crops:
     def read_bytes(self, index: int) -> bytes:
         """Return one crop as the encoded image file."""
         folder = self.folders[self._folder_index[index]]
-        return (folder / self._rows["path"][index].as_py()).read_bytes()
+        path, offset, size = (self._rows[name][index].as_py() for name in ("path", "crop_offset", "crop_bytes"))
+        return read_crop(folder, path, offset, size)
 
     def inputs(self) -> dict[str, str]:
         """Return what provenance records of these crops: folder -> sha256 of its manifest."""
@@ -200,6 +207,13 @@ class Crops:
         """Return a view of some of the faces, in the given order."""
         chosen = np.asarray(list(indices), dtype=np.int64)
         return Crops(self.folders, self._rows.take(pa.array(chosen)), self._folder_index[chosen])
+
+
+def read_crop(folder: Path, path: str, offset: int | None, size: int | None) -> bytes:
+    """Return an encoded crop: the file at `path` below a crops folder, or `size` bytes from `offset` of it, a shard."""
+    if offset is None or size is None:
+        return (folder / path).read_bytes()
+    return _SHARDS.read(folder / path, offset, size)
 
 
 def _only_ok(rows: pa.Table) -> pa.Table:
