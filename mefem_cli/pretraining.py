@@ -12,9 +12,10 @@ from torch import nn
 
 from mefem_cli import console, parts
 from mefem_cli.backbones import vit
-from mefem_cli.engine import seeds
-from mefem_cli.engine.device import Device, announce, choose_device
-from mefem_cli.engine.fit import Trainer
+from mefem_cli.engine import distributed, launch, seeds
+from mefem_cli.engine.device import Device, announce, choose_device, cores
+from mefem_cli.engine.distributed import World
+from mefem_cli.engine.fit import Observer, Trainer
 from mefem_cli.engine.monitors import split_monitor_faces
 from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream
@@ -34,6 +35,8 @@ FREE_ON_RESUME = frozenset(
         "device",
         "epochs",
         "checkpoint_every",
+        "gpus",
+        "print_sbatch",
         "out",
         "overwrite",
         "resume",
@@ -77,6 +80,7 @@ class Job:
         train_options = given.build("engine.plan", "TrainOptions")
         device_options = given.build("engine.device", "DeviceOptions")
         product = given.build("stores.product", "ProductOptions")
+        given.build("engine.launch", "LaunchOptions")  # has had its effect by now
         objective_module = parts.load("objectives", train_options.objective)
         objective_options = given.build(f"objectives.{train_options.objective}")
         backbone_options = given.build("backbones.vit")
@@ -114,7 +118,8 @@ class Job:
         }
         if recorded:
             replanned = {"ema"} if recorded.get("ema_planned") and "ema" not in asked else set()
-            changes = difference(recorded, config, FREE_ON_RESUME | replanned)
+            unknown_then = config.keys() - recorded.keys() - asked  # options younger than the run
+            changes = difference(recorded, config, FREE_ON_RESUME | replanned | unknown_then)
             if changes:
                 raise OutputError(
                     f"{product.out}: the run was started with other options: {changes}; resume without them"
@@ -124,34 +129,74 @@ class Job:
         run = Run(Path(product.out) if product.out else _new_run_path(config))
         if not product.resume and not product.overwrite:
             refuse_existing(run.path, overwrite=False, holds="config.yaml")  # before training, and in a dry run too
-        stream = ImageStream(crops, backbone_options.image_size, device_options.workers, keep_decoded=True)
+        workers = device_options.workers or max(1, cores() // launch.place().local_size)
+        stream = ImageStream(crops, backbone_options.image_size, workers, keep_decoded=True)
         return cls(
             product, train_options, config, crops, training_rows, monitor_rows, plan, device, stream, objective, run
         )
 
     def train(self) -> None:
-        """Train to the end, or go on where the run stopped, and write the encoders."""
-        resume = self.product.resume
-        if resume and not self.run.checkpoint_path.exists():
+        """Train to the end, or go on where the run stopped, and write the encoders; one process of a job writes."""
+        world = distributed.world()
+        self.run = Run(world.from_first(self.run.path))  # its name may hold the time
+        resume = self.product.resume and self.run.checkpoint_path.exists()
+        world.agree(lambda: self._open_run(resume, world) if world.is_first else None)
+        trainer = Trainer(
+            self.objective,
+            self.stream,
+            self.training_rows,
+            self.plan,
+            self.device,
+            self.run,
+            self.product.seed,
+            self.train_options.compile,
+            self.train_options.activation_checkpointing,
+        )
+        observers = [KeepEncoders(self)] if self.train_options.keep else []
+        trainer.fit(self.monitor_rows, self.train_options.checkpoint_every, resume, observers)
+        if world.is_first:
+            self.save_encoders(self.run)
+            if self.stream.corrupt:
+                console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
+                self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
+
+    def _open_run(self, resume: bool, world: World) -> None:
+        """Make or open the run folder and say what will happen there."""
+        if resume:
+            (self.run.path / "model.json").unlink(missing_ok=True)  # until it is done a longer run is not finished
+        elif self.product.resume:
             console.warn(f"{self.run.path} has no checkpoint yet; it starts at step 0")
             self.run.truncate_metrics(-1)
-            resume = False
-        elif not resume:
+        else:
             refuse_existing(self.run.path, self.product.overwrite, holds="config.yaml")
         self.run = Run.create(self.run.path, self.config)
         announce(self.device)
+        if world.size > 1:
+            console.note(f"{world.size} processes, {self.plan.batch_size / world.size:g} faces of each batch for each")
         console.note(describe_plan(self))
-        self.run.log(f"device {self.device}; {self.plan}")
-        trainer = Trainer(
-            self.objective, self.stream, self.training_rows, self.plan, self.device, self.run, self.product.seed
-        )
-        trainer.fit(self.monitor_rows, self.train_options.checkpoint_every, resume)
+        self.run.log(f"device {self.device}; {world.size} processes; {self.plan}")
+
+    def save_encoders(self, run: Run) -> None:
+        """Write the encoders and what describes them to a run folder."""
         crop_rule = {"side": "2 * max(box width, box height)", "size": self.crops.size}
-        record = provenance(self.config, self.crops.inputs(), self.product.seed, str(self.device))
-        vit.save_encoder(self.run, self.objective.encoders(), crop_rule, record)  # type: ignore[operator]
-        if self.stream.corrupt:
-            console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
-            self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
+        processes = distributed.world().size
+        device = f"{processes} x {self.device}" if processes > 1 else str(self.device)
+        record = provenance(self.config, self.crops.inputs(), self.product.seed, device)
+        vit.save_encoder(run, self.objective.encoders(), crop_rule, record)  # type: ignore[operator]
+
+
+class KeepEncoders(Observer):
+    """Keeps encoders on the way: `--keep N` of them, at epochs evenly spread, each in `epochs/<epoch>/`."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        epochs, keep = job.plan.epochs, job.train_options.keep
+        self.chosen = {max(1, round(number * epochs / (keep + 1))) for number in range(1, keep + 1)}
+
+    def see(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Write the encoders after a chosen epoch."""
+        if row["kind"] == "epoch" and row["epoch"] in self.chosen and trainer.world.is_first:
+            self.job.save_encoders(Run(trainer.run.path / "epochs" / f"{row['epoch']:04d}"))
 
 
 def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], stopped: Run) -> tuple[Given, list[Path]]:

@@ -6,6 +6,7 @@ see the same. CPU tensors travel over gloo, CUDA tensors over NCCL.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def from_first(self, value: T) -> T:
+        """Return the first process's value."""
+        return self.gather(value)[0]
+
     def merge(self, mine: dict[int, T]) -> dict[int, T]:
         """Return the union of every process's entries in the order of their keys, as one process would have made it.
 
@@ -96,11 +101,11 @@ class World:
         """Return the objective with gradients averaged over processes during its backward pass."""
         if self.size == 1:
             return objective
-        return nn.parallel.DistributedDataParallel(
-            objective,
-            broadcast_buffers=False,  # buffers are constants: positions, means, weights of the loss
-            gradient_as_bucket_view=True,
-        )
+        wrapper = nn.parallel.DistributedDataParallel
+        # Buffers are constants (positions, means, weights of the loss). Newer torch has another name for it.
+        names = inspect.signature(wrapper).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return wrapper(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 class ReadOnlyRun(Run):

@@ -23,12 +23,15 @@ class TrainOptions:
     warmup_epochs: float = 3.0  # epochs over which the learning rate rises
     lr: float | None = None  # peak learning rate; default: planned
     weight_decay: str = "0.04:0.4"  # START:END of a cosine; none on biases, norms, tokens and positions
-    accumulate: int = 1  # cut each batch into N micro-batches to save memory; results stay the same
+    accumulate: int = 1  # cut each process's part of a batch into N micro-batches to save memory; same results
     monitor: int = 1024  # faces set aside to watch the encoder, whole subjects, at most 5 %
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: every step
+    keep: int = 0  # encoders to keep on the way besides the last, at epochs evenly spread, in epochs/
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU in runs of 2,000 steps or more
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "warmup_epochs", "monitor", "checkpoint_every"):
+        for name in ("epochs", "warmup_epochs", "monitor", "checkpoint_every", "keep"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 or more")
         if self.accumulate < 1:
