@@ -47,7 +47,7 @@ def test_json_object(photos, tmp_path):
     assert record["out"] == str(tmp_path / "out")
     assert record["crops"] == 2
     assert record["rejects"] == {"small": 1}
-    assert record["skipped"] == {".csv": 1}
+    assert record["skipped"] == {".csv": 1, ".txt": 1}
     assert record["seconds"] > 0
 
 
