@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,14 +12,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mefem_cli.errors import UsageError
-from mefem_cli.masks import multiblock, quadrants, stripes
+from mefem_cli.masks import Split, multiblock, quadrants, stripes
 from mefem_cli.masks._grid import distance_from_centre, farthest_last
+from mefem_cli.masks._table import SplitTable
 
 MASKERS = {
     "stripes": lambda grid: stripes.build(stripes.Options(), grid),
     "quadrants": lambda grid: quadrants.build(quadrants.Options(), grid),
     "multiblock": lambda grid: multiblock.build(multiblock.Options(), grid),
 }
+
+
+CENTRE_PROBABILITY, CORNER_PROBABILITY = 0.455, 0.017  # of stripes of 3 at L = 14, as docs/method.md has them
+
+
+def slow_multiblock(mode: multiblock.Mode, grid: int, random: np.random.Generator) -> tuple[set[int], set[int]]:
+    """The definition in docs/method.md, literally, for one face: source and target patches."""
+    scale = grid * grid / 196
+    num_source, num_target = int(mode.num_source * scale), int(mode.num_target * scale)
+    while True:
+        covered = set()
+        for _ in range(mode.num_blocks):
+            aspect, area = random.uniform(0.75, 1.5), mode.block_share * grid * grid
+            height = min(max(round(math.sqrt(area * aspect)), 1), grid)
+            width = min(max(round(math.sqrt(area / aspect)), 1), grid)
+            top, left = random.integers(grid - height + 1), random.integers(grid - width + 1)
+            covered |= {row * grid + col for row in range(top, top + height) for col in range(left, left + width)}
+        left_over = sorted(set(range(grid * grid)) - covered)
+        if len(covered) >= num_target and len(left_over) >= num_source:
+            source = random.choice(left_over, num_source, replace=False)
+            return set(source.tolist()), set(random.choice(sorted(covered), num_target, replace=False).tolist())
+
+
+def membership(patches: list[set[int]] | torch.Tensor, grid: int) -> np.ndarray:
+    """Which patches are in each set: float64 [n, L * L] of 0 and 1."""
+    rows = [sorted(one) for one in patches] if isinstance(patches, list) else patches.tolist()
+    member = np.zeros((len(rows), grid * grid))
+    for row, members in zip(member, rows, strict=True):
+        row[members] = 1
+    return member
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -56,9 +88,43 @@ def test_stripes_are_drawn_with_these_probabilities_on_both_axes():
 
 def test_probability_of_being_source_is_highest_in_the_centre_of_the_face():
     (split,) = MASKERS["stripes"](14).draw(60_000, generator())
-    share = torch.bincount(split.source.flatten(), minlength=196).view(14, 14) / 60_000
-    assert share[6:8, 6:8].mean().item() == pytest.approx(0.455, abs=0.01)
-    assert share[[0, 0, -1, -1], [0, -1, 0, -1]].mean().item() == pytest.approx(0.017, abs=0.003)
+    drawn = torch.bincount(split.source.flatten(), minlength=196).view(14, 14) / 60_000
+    stated = MASKERS["stripes"](14).p_source()
+    for share, tolerance in ((drawn, 0.01), (stated, 5e-4)):
+        assert share[6:8, 6:8].mean().item() == pytest.approx(CENTRE_PROBABILITY, abs=tolerance)
+        assert share[[0, 0, -1, -1], [0, -1, 0, -1]].mean().item() == pytest.approx(CORNER_PROBABILITY, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", MASKERS)
+@pytest.mark.parametrize("grid", [8, 14])
+def test_stated_probabilities_of_being_source_are_those_of_the_draws(name, grid):
+    masker, draws = MASKERS[name](grid), 20_000
+    splits = masker.draw(draws, generator(11))
+    counted = np.mean([membership(split.source, grid).mean(0) for split in splits], axis=0)
+    stated = masker.p_source()
+    assert (stated.shape, stated.dtype) == ((grid, grid), torch.float64)
+    assert stated.sum().item() == pytest.approx(np.mean([split.source.shape[1] for split in splits]))
+    assert counted == pytest.approx(stated.flatten().numpy(), abs=0.02)  # over 4 standard errors of each
+
+
+@pytest.mark.parametrize("name", ["stripes", "quadrants"])
+def test_a_table_holds_every_split_once_and_draws_follow_its_probabilities(name):
+    masker, draws = MASKERS[name](14), 60_000
+    rows = masker.table.draw_rows(draws, generator(2))
+    (split,) = masker.draw(draws, generator(2))
+    assert torch.equal(masker.table.splits.source[rows], split.source)
+    assert torch.equal(masker.table.splits.target[rows], split.target)
+    sources = {tuple(sorted(source)) for source in masker.table.splits.source.tolist()}
+    assert len(sources) == len(masker.table.probability) == {"stripes": 24, "quadrants": 4}[name]
+    counted = torch.bincount(rows, minlength=len(sources)) / draws
+    assert counted.tolist() == pytest.approx(masker.table.probability.tolist(), abs=0.008)
+
+
+def test_a_table_never_draws_what_has_no_probability():
+    table = SplitTable(
+        Split(torch.arange(5)[:, None], torch.arange(5)[:, None]), torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    )
+    assert set(table.draw_rows(10_000, generator()).tolist()) == {1, 3}
 
 
 def test_a_stripe_is_three_whole_rows_or_columns_in_row_major_order():
@@ -109,6 +175,37 @@ def test_quadrants_are_the_four_corners_equally_often():
     assert (counts / 8000).tolist() == pytest.approx([0.25] * 4, abs=0.025)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("grid", [8, 14])
+def test_multiblock_is_distributed_as_its_definition_says(number, grid):
+    """Every patch alone, and every pair of neighbours, which tells blocks from scattered patches."""
+    num_slow, num_fast = 1500, 15_000
+    random = np.random.default_rng(3)
+    mode = multiblock.MODES[number]
+    slow = [slow_multiblock(mode, grid, random) for _ in range(num_slow)]
+    split = MASKERS["multiblock"](grid).draw(num_fast, generator(5))[number]
+    for side, fast in enumerate((split.source, split.target)):
+        ours, theirs = membership(fast, grid), membership([one[side] for one in slow], grid)
+        for shift in (1, grid, 5 * grid + 3):  # the patch to the right, the one below and a distant one
+            pairs = [member[:, :-shift] * member[:, shift:] for member in (ours, theirs)]
+            for first, second in ((ours, theirs), pairs):
+                p = first.mean(0)
+                error = np.sqrt(p * (1 - p) * (1 / num_slow + 1 / num_fast)) + 1e-3
+                assert np.abs((first.mean(0) - second.mean(0)) / error).max() < 5
+
+
+@pytest.mark.parametrize(("grid", "share"), [(14, 0.15), (14, 0.7), (5, 0.15), (8, 0.7), (28, 0.15)])
+def test_block_shapes_have_the_probabilities_of_a_uniform_aspect_ratio(grid, share):
+    aspect = np.random.default_rng(0).uniform(0.75, 1.5, 200_000)
+    height = np.sqrt(share * grid * grid * aspect).round().clip(1, grid).astype(int)
+    width = np.sqrt(share * grid * grid / aspect).round().clip(1, grid).astype(int)
+    counted = Counter(zip(height.tolist(), width.tolist(), strict=True))
+    stated = multiblock.block_shapes(grid, share)
+    assert sum(stated.values()) == pytest.approx(1)
+    for shape in {*counted, *stated}:
+        assert counted[shape] / len(aspect) == pytest.approx(stated.get(shape, 0.0), abs=0.006)
+
+
 def test_multiblock_surplus_is_dropped_without_regard_to_position():
     """Dropping by index (or min-length truncation) would starve the last rows of the long-range mode's source."""
     _, long_range = MASKERS["multiblock"](14).draw(20_000, generator())
@@ -135,6 +232,18 @@ def test_stripes_of_every_size_cover_the_grid_once(grid, data):
     together = torch.cat([split.source, split.target], dim=1).sort(dim=1).values
     assert torch.equal(together, torch.arange(grid * grid).expand(16, -1))
     assert masker.start_probabilities.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("spread", [0.0, -1.0, math.inf, math.nan, 1e9])
+def test_impossible_spreads_are_refused(spread):
+    with pytest.raises(UsageError, match="--spread"):
+        stripes.build(stripes.Options(spread=spread), 14)
+
+
+@pytest.mark.parametrize("grid", [4, 65])
+def test_grids_that_blocks_do_not_fit_are_refused(grid):
+    with pytest.raises(UsageError, match="--mask multiblock"):
+        MASKERS["multiblock"](grid)
 
 
 @pytest.mark.parametrize("width", [0, -1, 14, 15])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import timm
@@ -32,12 +33,16 @@ def images(count: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
+def drawn_splits(objective: mefem.MeFEm, count: int, seed: int = 0) -> list[Split]:
+    return objective.splits(objective.draw(count, generator(seed)))
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def test_every_face_has_42_source_and_155_target_tokens_together_all_197():
-    (split,) = build().draw(500, generator())
+    (split,) = drawn_splits(build(), 500)
     assert (split.source.shape, split.target.shape) == ((500, 42), (500, 155))
     together = torch.cat([split.source, split.target], dim=1).sort(dim=1).values
     assert torch.equal(together, torch.arange(197).expand(500, -1))
@@ -46,7 +51,7 @@ def test_every_face_has_42_source_and_155_target_tokens_together_all_197():
 
 def test_without_class_token_there_are_42_source_and_154_target_tokens():
     objective = build(cls_prob=None)
-    (split,) = objective.draw(100, generator())
+    (split,) = drawn_splits(objective, 100)
     assert (split.source.shape, split.target.shape) == ((100, 42), (100, 154))
     assert objective.source_encoder.num_tokens == 196
     assert "cls" not in objective.source_encoder.features(images(1, 224))
@@ -54,7 +59,7 @@ def test_without_class_token_there_are_42_source_and_154_target_tokens():
 
 def test_a_source_class_token_takes_the_place_of_the_last_patch_in_row_major_order():
     always, never = build(cls_prob=1.0), build(cls_prob=0.0)
-    (with_cls,), (without,) = always.draw(50, generator(1)), never.draw(50, generator(1))
+    (with_cls,), (without,) = drawn_splits(always, 50, 1), drawn_splits(never, 50, 1)
     for ours, patches in zip(with_cls.source.tolist(), without.source.tolist(), strict=True):
         assert 0 in ours
         assert patches == sorted(patches)
@@ -68,7 +73,7 @@ def test_a_source_class_token_takes_the_place_of_the_last_patch_in_row_major_ord
 @pytest.mark.parametrize("mask", ["quadrants", "multiblock"])
 def test_other_masks_give_up_the_patch_farthest_from_the_centre(mask):
     always, never = build(mask=mask, cls_prob=1.0), build(mask=mask, cls_prob=0.0)
-    for with_cls, without in zip(always.draw(40, generator(2)), never.draw(40, generator(2)), strict=True):
+    for with_cls, without in zip(drawn_splits(always, 40, 2), drawn_splits(never, 40, 2), strict=True):
         for ours, patches in zip(with_cls.source.tolist(), without.source.tolist(), strict=True):
             (given_up,) = set(patches) - set(ours)
             distance = {patch: math.hypot((patch - 1) // 14 - 6.5, (patch - 1) % 14 - 6.5) for patch in patches}
@@ -134,7 +139,8 @@ def test_loss_equals_a_slow_reference_in_float64(mask, loss_weight):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator(9)))
     pictures, draws = images(3, 64), objective.draw(3, generator(4))
     losses, _ = objective(pictures, draws)
-    assert losses["prediction"].item() == pytest.approx(reference_loss(objective, pictures, draws), rel=2e-5)
+    splits = objective.splits(draws)
+    assert losses["prediction"].item() == pytest.approx(reference_loss(objective, pictures, splits), rel=2e-5)
 
 
 def test_loss_changes_with_its_weight_and_its_target():
@@ -157,17 +163,60 @@ def test_the_target_gets_no_gradient_and_the_rest_does():
     assert without == []
 
 
-def test_masks_per_image_average_over_draws_that_share_one_target_pass():
-    objective = build(64, 8, masks_per_image=3)
+@pytest.mark.parametrize("mask", ["stripes", "multiblock"])
+def test_masks_per_image_average_over_draws_that_share_one_pass_of_each_encoder(mask):
+    objective = build(64, 8, mask=mask, masks_per_image=3)
     pictures, draws = images(2, 64), objective.draw(2, generator())
-    assert len(draws) == 3
-    passes = []
-    objective.target_encoder.register_forward_hook(lambda *_: passes.append(1))
+    num_modes = len(draws) // 3
+    passes: list[str] = []
+    for name in ("target_encoder", "source_encoder"):
+        getattr(objective, name).register_forward_hook(lambda *_, name=name: passes.append(name))
     together = objective(pictures, draws)[0]["prediction"].item()
-    assert len(passes) == 1
-    assert together == pytest.approx(
-        sum(objective(pictures, [one])[0]["prediction"].item() for one in draws) / 3, rel=1e-5
-    )
+    assert passes == ["target_encoder", *["source_encoder"] * num_modes]
+    alone = [
+        objective(pictures, draws[k : k + num_modes])[0]["prediction"].item() for k in range(0, len(draws), num_modes)
+    ]
+    assert len(alone) == 3
+    assert together == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["stripes", "quadrants"])
+@pytest.mark.parametrize("cls_prob", [0.0, 0.3, 1.0])
+def test_drawn_table_rows_split_tokens_as_the_mask_and_the_class_token_do_apart(mask, cls_prob):
+    """The frequency of every (source patches, where CLS is) against the mask's own table times Bernoulli(P)."""
+    objective, faces = build(mask=mask, cls_prob=cls_prob), 40_000
+    (split,) = drawn_splits(objective, faces)
+    table = objective.masker.table
+    expected = {}
+    for source, probability in zip(table.splits.source.tolist(), table.probability.tolist(), strict=True):
+        tokens = [patch + 1 for patch in source]
+        expected[tuple(tokens)] = probability * (1 - cls_prob)
+        expected[(*tokens[:-1], 0)] = probability * cls_prob
+    counted = Counter(map(tuple, split.source.tolist()))
+    assert set(counted) <= set(expected)
+    for source, probability in expected.items():
+        assert counted[source] / faces == pytest.approx(probability, abs=0.012)
+
+
+@pytest.mark.parametrize("mask", ["stripes", "quadrants", "multiblock"])
+def test_draws_of_a_part_of_the_batch_are_the_part_of_its_splits(mask):
+    """Ranks and micro-batches cut what was drawn for the whole batch."""
+    objective = build(64, 8, mask=mask, masks_per_image=2)
+    draws = objective.draw(6, generator(1))
+    part = [Split(one.source[2:5], one.target[2:5]) if isinstance(one, Split) else one[2:5] for one in draws]
+    for whole, cut in zip(objective.splits(draws), objective.splits(part), strict=True):
+        for side in ("source", "target"):
+            tokens = getattr(whole, side).view(2, 6, -1)[:, 2:5].flatten(0, 1)
+            assert torch.equal(tokens, getattr(cut, side))
+
+
+def test_gathered_tokens_are_those_at_the_index_of_their_image():
+    tokens = torch.randn(3, 5, 4, generator=generator())
+    index = torch.randint(5, (6, 2), generator=generator(1))  # two choices for each of three images
+    gathered = vit.gather_tokens(tokens, index)
+    for row in range(6):
+        for place in range(2):
+            assert torch.equal(gathered[row, place], tokens[row % 3, index[row, place]])
 
 
 def test_ema_moves_every_weight_by_the_closed_form():
@@ -206,7 +255,7 @@ def test_the_encoder_is_timms_own_with_or_without_a_subset_of_tokens():
 
 def test_hidden_patches_do_not_leak_into_the_source():
     objective = build(64, 8)
-    (split,) = objective.draw(1, generator())
+    (split,) = drawn_splits(objective, 1)
     patches = objective.source_encoder.patchify(images(1, 64))
     before = objective.source_encoder(patches, split.source)
     hidden = split.target[0][split.target[0] > 0] - 1
@@ -257,9 +306,7 @@ def test_baselines_know_only_position_or_nothing():
     losses = objective.baselines(pictures, draws, mean_target)
     assert losses["position"] < losses["mean"]
     assert losses["model"].item() == pytest.approx(objective(pictures, draws)[0]["prediction"].item(), rel=1e-6)
-    single = objective.baselines(
-        pictures[:1], [Split(d.source[:1], d.target[:1]) for d in draws], objective.token_targets(pictures[:1])[0]
-    )
+    single = objective.baselines(pictures[:1], [rows[:1] for rows in draws], objective.token_targets(pictures[:1])[0])
     assert single["position"] == 0
 
 

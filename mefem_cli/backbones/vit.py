@@ -113,16 +113,18 @@ class ViTEncoder(nn.Module):
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """Cut and normalise images: uint8 [B, 3, S, S] -> float32 [B, num_patches, 3 * p * p], row-major patches."""
-        pixels = (images.float() / 255 - self._mean) / self._std
         side, patch = self.grid_size, self.patch_size
-        blocks = pixels.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # [B, 3, L, p, L, p]
-        return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        blocks = images.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # [B, 3, L, p, L, p]
+        pixels = blocks.permute(0, 2, 4, 1, 3, 5).float()  # [B, L, L, 3, p, p]; moved while they are small
+        normalised = pixels.div_(255).sub_(self._mean).div_(self._std)
+        return normalised.flatten(3).flatten(1, 2)
 
     def forward(self, patches: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Encode some or all tokens.
 
         `patches` come from `patchify`; `tokens` are int64 indices [B, n], CLS at 0 where there is one; None means
-        all. Returns [B, n, D]: what timm's `forward_features` returns when `tokens` is None.
+        all. Returns [B, n, D]: what timm's `forward_features` returns when `tokens` is None. `tokens` [K * B, n] hold
+        K choices for every image and give [K * B, n, D]; see `gather_tokens`.
         """
         if tokens is None:
             embedded = self._embed(patches) + self.vit.pos_embed[:, int(self.class_token) :]
@@ -141,8 +143,7 @@ class ViTEncoder(nn.Module):
     def _embed_some(self, patches: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         is_cls = tokens.eq(0) if self.class_token else None
         index = (tokens - int(self.class_token)).clamp(min=0)
-        chosen = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
-        embedded = self._embed(chosen)  # [B, n, D]
+        embedded = self._embed(gather_tokens(patches, index))  # [B, n, D]
         if is_cls is not None:  # the CLS token stands wherever the mask put it, if it is in the source at all
             embedded = torch.where(is_cls[..., None], self.vit.cls_token.to(embedded.dtype), embedded)
         return embedded + self.vit.pos_embed[0][tokens]
@@ -153,6 +154,18 @@ class ViTEncoder(nn.Module):
         patches = encoded[:, int(self.class_token) :]
         features = {"mean": patches.mean(1), "patches": patches}
         return {"cls": encoded[:, 0], **features} if self.class_token else features
+
+
+def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick tokens: [B, N, D] at int64 [B, n] -> [B, n, D].
+
+    An index [K * B, n] picks K times from every image, row k * B + b from image b, and gives [K * B, n, D].
+    """
+    num_images, num_tokens, _ = tokens.shape
+    first = torch.arange(0, num_images * num_tokens, num_tokens, device=index.device)  # of each image
+    rows = index.view(-1, num_images, index.shape[1]) + first[:, None]
+    # Whole rows are copied; torch.gather would look up every number.
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, -1)
 
 
 def sincos_positions(dim: int, grid_size: int) -> torch.Tensor:

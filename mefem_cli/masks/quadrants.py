@@ -9,6 +9,7 @@ import torch
 from mefem_cli.errors import UsageError
 from mefem_cli.masks import Split
 from mefem_cli.masks._grid import farthest_last
+from mefem_cli.masks._table import SplitTable, complement
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Quadrants:
         half = grid_size // 2
         patches = torch.arange(grid_size * grid_size).view(grid_size, grid_size)
         corners = [patches[row : row + half, column : column + half] for row in (0, half) for column in (0, half)]
-        sources = torch.stack([corner.flatten() for corner in corners])
-        self._sources = farthest_last(sources, grid_size)
-        self._targets = torch.stack([patches.flatten()[~torch.isin(patches.flatten(), one)] for one in sources])
+        sources = farthest_last(torch.stack([corner.flatten() for corner in corners]), grid_size)
+        splits = Split(sources, complement(sources, grid_size * grid_size))
+        self.table = SplitTable(splits, torch.full((4,), 1 / 4))
 
     def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
         """Return one split: `[B, L * L / 4]` source and `[B, 3 * L * L / 4]` target patches."""
-        quadrant = torch.randint(4, (num_faces,), generator=generator)
-        return [Split(self._sources[quadrant], self._targets[quadrant])]
+        return [self.table.draw(num_faces, generator)]
+
+    def p_source(self) -> torch.Tensor:
+        """Return each patch's probability of being source, float64 [L, L]: 1/4 everywhere."""
+        return self.table.p_source(self.grid_size)

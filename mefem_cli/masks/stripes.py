@@ -13,6 +13,9 @@ import torch
 
 from mefem_cli.errors import UsageError
 from mefem_cli.masks import Split
+from mefem_cli.masks._table import SplitTable, complement
+
+MAX_SPREAD = 1000  # at which all starts but the outermost are equally likely already
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,23 @@ class Stripes:
             raise UsageError(
                 f"--width {width}: a grid of {grid_size} patches has stripes of 1 to {grid_size - 1}; try --width 3"
             )
-        if not spread > 0:
-            raise UsageError(f"--spread {spread}: wanted a positive share of the grid; try --spread 0.175")
+        if not 0 < spread <= MAX_SPREAD:
+            raise UsageError(
+                f"--spread {spread}: wanted a share of the grid over 0, at most {MAX_SPREAD}; try --spread 0.175"
+            )
         self.grid_size = grid_size
         self.start_probabilities = start_probabilities(grid_size, width, spread)
-        self._sources, self._targets = _stripe_table(grid_size, width)
+        sources = _stripes(grid_size, width)
+        splits = Split(sources, complement(sources, grid_size * grid_size))
+        self.table = SplitTable(splits, torch.cat([self.start_probabilities, self.start_probabilities]) / 2)
 
     def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
         """Return one split: `[B, width * L]` source and `[B, L * L - width * L]` target patches."""
-        num_starts = len(self.start_probabilities)
-        axis = torch.randint(2, (num_faces,), generator=generator)
-        cumulative = self.start_probabilities.cumsum(0)
-        start = torch.searchsorted(cumulative, torch.rand(num_faces, generator=generator, dtype=torch.float64))
-        stripe = axis * num_starts + start.clamp(max=num_starts - 1)
-        return [Split(self._sources[stripe], self._targets[stripe])]
+        return [self.table.draw(num_faces, generator)]
+
+    def p_source(self) -> torch.Tensor:
+        """Return each patch's probability of being source, float64 [L, L]: .455 in the middle of 14 x 14 patches."""
+        return self.table.p_source(self.grid_size)
 
 
 def start_probabilities(grid_size: int, width: int, spread: float = 0.175) -> torch.Tensor:
@@ -76,13 +82,11 @@ def start_probabilities(grid_size: int, width: int, spread: float = 0.175) -> to
     return mass / mass.sum()
 
 
-def _stripe_table(grid_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return source and target patches of every stripe: row stripes by start, then column stripes by start."""
+def _stripes(grid_size: int, width: int) -> torch.Tensor:
+    """Return the patches of every stripe, int64 [2 * (L - w + 1), w * L]: row stripes by start, then column stripes.
+
+    Patches are in row-major order, so the last of a stripe lies at the image border.
+    """
     patches = torch.arange(grid_size * grid_size).view(grid_size, grid_size)
-    sources, targets = [], []
-    for axis in (0, 1):
-        for start in range(grid_size - width + 1):
-            source = patches.narrow(axis, start, width).flatten()  # row-major order: the last one lies at the border
-            sources.append(source)
-            targets.append(patches.flatten()[~torch.isin(patches.flatten(), source)])
-    return torch.stack(sources), torch.stack(targets)
+    starts = range(grid_size - width + 1)
+    return torch.stack([patches.narrow(axis, start, width).flatten() for axis in (0, 1) for start in starts])

@@ -13,20 +13,23 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mefem_cli import parts
-from mefem_cli.backbones.vit import ViTEncoder, sincos_positions
+from mefem_cli.backbones.vit import ViTEncoder, gather_tokens, sincos_positions
 from mefem_cli.engine import schedules
 from mefem_cli.errors import UsageError
 from mefem_cli.masks import Masker, Split
 from mefem_cli.masks._grid import distance_from_centre
+from mefem_cli.masks._table import SplitTable
 
 PAPER_GRID = 14
+
+Draw: TypeAlias = torch.Tensor | Split  # rows of the table of splits, int64 [B], or the split itself
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,28 @@ class MeFEm(nn.Module):
         self.predictor = Predictor(encoder, options.predictor_depth, options.predictor_width)
         self.register_buffer("loss_weight", token_weights(encoder, options), persistent=False)
         self.loss_weight: torch.Tensor
+        self.table = token_table(masker.table, options.cls_prob) if masker.table else None
+        if self.table:
+            self.register_buffer("table_source", self.table.splits.source, persistent=False)
+            self.register_buffer("table_target", self.table.splits.target, persistent=False)
+        self.table_source: torch.Tensor
+        self.table_target: torch.Tensor
         self.image_size = encoder.image_size
 
     # The three steps of the method ------------------------------------------------------------------------------
 
     def forward(
-        self, images: torch.Tensor, draws: list[Split]
+        self, images: torch.Tensor, draws: list[Draw]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the named loss terms (their sum is minimised) and named statistics of uint8 images [B, 3, S, S]."""
         patches = self.source_encoder.patchify(images)
         targets = self.targets(patches)  # [B, N, D], N all tokens
-        losses = [self._split_loss(patches, targets, tokens) for tokens in draws]
+        losses = [self._split_loss(patches, targets, tokens) for tokens in self.splits(draws)]
         return {"prediction": torch.stack(losses).mean()}, {}
 
     def _split_loss(self, patches: torch.Tensor, targets: torch.Tensor, tokens: Split) -> torch.Tensor:
-        source = self.source_encoder(patches, tokens.source)  # [B, S, D]
-        predictions = self.predictor(source, tokens.source, tokens.target)  # [B, T, D]
+        source = self.source_encoder(patches, tokens.source)  # [K * B, S, D]
+        predictions = self.predictor(source, tokens.source, tokens.target)  # [K * B, T, D]
         return self.loss(predictions, gather_tokens(targets, tokens.target), tokens.target)
 
     @torch.no_grad()
@@ -133,33 +142,46 @@ class MeFEm(nn.Module):
 
     def loss(self, predictions: torch.Tensor, targets: torch.Tensor, target_tokens: torch.Tensor) -> torch.Tensor:
         """Return the weighted smooth-L1 loss: mean over features, times w, mean over target tokens and faces."""
-        per_feature = functional.smooth_l1_loss(predictions.float(), targets, beta=1.0, reduction="none")
-        return (per_feature.mean(-1) * self.loss_weight[target_tokens]).mean()
+        return (token_loss(predictions, targets) * self.loss_weight[target_tokens]).mean()
 
     # What the engine asks for -----------------------------------------------------------------------------------
 
-    def draw(self, num_faces: int, generator: torch.Generator) -> list[Split]:
-        """Draw the token splits of a global batch; each tensor's first dimension is the face."""
-        draws = []
+    def draw(self, num_faces: int, generator: torch.Generator) -> list[Draw]:
+        """Draw the token splits of a global batch, on the CPU; each tensor's first dimension is the face.
+
+        A draw is the row of each face in the table of splits or, for a mask with too many of them, the split itself.
+        """
+        draws: list[Draw] = []
         for _ in range(self.options.masks_per_image):
-            for split in self.masker.draw(num_faces, generator):
-                draws.append(self._place_class_token(split, generator))
+            if self.table:
+                draws.append(self.table.draw_rows(num_faces, generator))
+            else:
+                draws += [self._with_class_token(one, generator) for one in self.masker.draw(num_faces, generator)]
         return draws
 
-    def _place_class_token(self, split: Split, generator: torch.Generator) -> Split:
-        """Turn patches into tokens: CLS is token 0 and joins the source with probability P, else the target.
+    def splits(self, draws: list[Draw]) -> list[Split]:
+        """Return the token splits of draws of B faces on their device, int64 `[K * B, S]` and `[K * B, T]`.
 
-        When it joins the source, the last source patch moves to the target, so that shapes never change.
+        One split per mode of the mask, known by its sizes; K masks per face are stacked, so that they are one pass:
+        row k * B + b belongs to face b.
         """
+        modes: dict[tuple[int, int], list[Split]] = {}
+        for draw in draws:
+            split = draw if isinstance(draw, Split) else Split(self.table_source[draw], self.table_target[draw])
+            modes.setdefault((split.source.shape[1], split.target.shape[1]), []).append(split)
+        return [
+            Split(
+                torch.cat([split.source for split in mode]).long(), torch.cat([split.target for split in mode]).long()
+            )
+            for mode in modes.values()
+        ]
+
+    def _with_class_token(self, split: Split, generator: torch.Generator) -> Split:
+        """Turn patches into tokens, with CLS in the source with probability P."""
         if self.options.cls_prob is None:
             return split
-        source, target = split.source + 1, split.target + 1
-        in_source = torch.rand(len(source), 1, generator=generator) < self.options.cls_prob
-        cls = torch.zeros_like(source[:, :1])
-        given_up = source[:, -1:]
-        source = torch.cat([source[:, :-1], torch.where(in_source, cls, given_up)], dim=1)
-        target = torch.cat([target, torch.where(in_source, given_up, cls)], dim=1)
-        return Split(source, target)
+        in_source = torch.rand(len(split.source), 1, generator=generator) < self.options.cls_prob
+        return place_class_token(split, in_source)
 
     @torch.no_grad()
     def after_step(self, step: int, total_steps: int) -> dict[str, float]:
@@ -180,27 +202,68 @@ class MeFEm(nn.Module):
         return self.targets(self.source_encoder.patchify(images))
 
     @torch.no_grad()
-    def baselines(self, images: torch.Tensor, draws: list[Split], mean_target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def baselines(self, images: torch.Tensor, draws: list[Draw], mean_target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the losses of this model and of two predictors that see nothing, on the same faces and masks.
 
         `mean_target` [N, D] is the mean training target at each position: `position` predicts it, `mean` predicts its
-        mean over positions everywhere.
+        mean over positions everywhere. `model_by_token` and `position_by_token` [N] are the unweighted losses summed
+        where a token was a target, `count_by_token` [N] how often it was.
         """
         patches = self.source_encoder.patchify(images)
         targets = self.targets(patches)
         losses: dict[str, list[torch.Tensor]] = {"model": [], "position": [], "mean": []}
-        for tokens in draws:
+        sums = {name: targets.new_zeros(targets.shape[1]) for name in ("model", "position", "count")}
+        for tokens in self.splits(draws):
             wanted = gather_tokens(targets, tokens.target)
-            by_position = mean_target[tokens.target]
-            losses["model"].append(self._split_loss(patches, targets, tokens))
-            losses["position"].append(self.loss(by_position, wanted, tokens.target))
-            losses["mean"].append(self.loss(mean_target.mean(0).expand_as(wanted), wanted, tokens.target))
-        return {name: torch.stack(values).mean() for name, values in losses.items()}
+            source = self.source_encoder(patches, tokens.source)
+            predictions = {
+                "model": self.predictor(source, tokens.source, tokens.target),
+                "position": mean_target[tokens.target],
+                "mean": mean_target.mean(0).expand_as(wanted),
+            }
+            for name, prediction in predictions.items():
+                losses[name].append(self.loss(prediction, wanted, tokens.target))
+            where = tokens.target.flatten()
+            for name in ("model", "position"):
+                sums[name].index_add_(0, where, token_loss(predictions[name], wanted).flatten())
+            sums["count"].index_add_(0, where, torch.ones_like(where, dtype=targets.dtype))
+        means = {name: torch.stack(values).mean() for name, values in losses.items()}
+        return means | {f"{name}_by_token": total for name, total in sums.items()}
+
+    def token_radius(self) -> torch.Tensor:
+        """Return each token's distance from the image centre in patches, float64 [N]; NaN for CLS."""
+        cls = torch.full((int(self.source_encoder.class_token),), math.nan, dtype=torch.float64)
+        return torch.cat([cls, distance_from_centre(self.source_encoder.grid_size)])
 
 
-def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick tokens: [B, N, D] at int64 [B, n] -> [B, n, D]."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+def place_class_token(split: Split, in_source: torch.Tensor) -> Split:
+    """Turn patches into tokens: CLS is token 0 and joins the source where `in_source` [B, 1] is True, else the target.
+
+    When it joins the source, the last source patch moves to the target, so that shapes never change.
+    """
+    source, target = split.source + 1, split.target + 1
+    cls = torch.zeros_like(source[:, :1])
+    given_up = source[:, -1:]
+    source = torch.cat([source[:, :-1], torch.where(in_source, cls, given_up)], dim=1)
+    target = torch.cat([target, torch.where(in_source, given_up, cls)], dim=1)
+    return Split(source, target)
+
+
+def token_table(table: SplitTable, cls_prob: float | None) -> SplitTable:
+    """Return a table of patch splits as one of token splits: each with CLS in the target, then each in the source."""
+    if cls_prob is None:
+        return table
+    without, with_cls = (
+        place_class_token(table.splits, torch.full((len(table.probability), 1), in_source))
+        for in_source in (False, True)
+    )
+    splits = Split(torch.cat([without.source, with_cls.source]), torch.cat([without.target, with_cls.target]))
+    return SplitTable(splits, torch.cat([table.probability * (1 - cls_prob), table.probability * cls_prob]))
+
+
+def token_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the smooth-L1 loss (beta 1, float32) averaged over features: [B, T, D] twice -> [B, T]."""
+    return functional.smooth_l1_loss(predictions.float(), targets, beta=1.0, reduction="none").mean(-1)
 
 
 def circular_weight(radius: torch.Tensor, r0: float, sigma: float) -> torch.Tensor:

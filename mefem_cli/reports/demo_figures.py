@@ -78,7 +78,8 @@ def masks(run: Run, crops: Sequence[bytes]) -> Callable[[Theme], Figure]:
     config = run.config()
     objective, encoder = _objective(config)
     grid = encoder.grid_size
-    split = objective.draw(HEATMAP_FACES, seeds.torch_generator(config["seed"], seeds.MASKS))[0]
+    draws = objective.draw(HEATMAP_FACES, seeds.torch_generator(config["seed"], seeds.MASKS))
+    split = objective.splits(draws)[0]
     visible, cls_in_source = _visible_patches(split, grid)
     share = visible.mean(axis=0)
     examples = _examples(visible, cls_in_source if encoder.class_token else None)
