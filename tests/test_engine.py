@@ -67,9 +67,7 @@ def pretrain(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen:
 def comparable(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name not in ("images_per_second", "data_wait")} for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name not in monitors.MACHINE_COLUMNS} for row in rows]
 
 
 def wait_for_step(run: Path, step: int) -> None:

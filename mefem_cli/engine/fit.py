@@ -291,8 +291,8 @@ class Trainer:
             reference = seeds.numpy_generator(self.seed, seeds.MONITOR, 1).choice(
                 self.rows, num_reference, replace=False
             )
-            pairs = monitors.health(self.objective, self.stream, monitor_rows, reference, self.device, self.seed)
-            measured = {name: round(value, 6) for name, value in pairs}
+            health = monitors.health(self.objective, self.stream, monitor_rows, reference, self.device, self.seed)
+            measured = dict(health)
         epoch = self.step // self.plan.steps_per_epoch if self.plan.steps_per_epoch else 0
         counts = {"step": self.step, "epoch": epoch, "samples": self.step * self.plan.batch_size}
         row = {"kind": "epoch", **counts, **row, **measured}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -65,9 +66,9 @@ class Run:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append one JSON line to metrics.jsonl."""
+        """Append one JSON line to metrics.jsonl; what is not finite becomes null, as JSON has no NaN."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; a last line that a kill cut short is left out."""
@@ -97,6 +98,15 @@ class Run:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.path.name)
         os.replace(temporary, latest)
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite, in lists too, by None."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
