@@ -273,6 +273,7 @@ def test_a_changed_byte_in_a_header_is_noticed(shard):
         (pax_of(b"99999 path=a\n"), "damaged: an extended header says b'99999 path=a\\n'"),
         (pax_of(b"0 path=a\n"), "damaged: an extended header says b'0 path=a\\n'"),
         (pax_of(b"-9 path=a\n"), "damaged: an extended header says b'-9 path=a\\n'"),
+        (pax_of(b"9 pathab\n"), "damaged: an extended header says b'9 pathab\\n'"),
         (pax_of(b"nonsense"), "damaged: an extended header says b'nonsense'"),
         (pax_of(record(b"size", b"-1")), "damaged: an extended header says that a size is b'-1'"),
         (pax_of(record(b"size", b"9" * 5000)), "damaged: an extended header says that a size is b'" + "9" * 40 + "'"),
@@ -615,6 +616,17 @@ def test_shards_are_cut_between_samples(tmp_path):
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sizes == {"00007.tar": 2 * RECORD, "00008.tar": RECORD, "00009.tar": 6 * RECORD, "00010.tar": RECORD}
     assert [len(files) for files in written(tmp_path).values()] == [4, 2, 2, 2]
+
+
+def test_the_end_of_a_shard_counts(tmp_path):
+    """Two zero blocks follow the files; the whole fills records of 20 blocks."""
+    for second, sizes in ((17 * BLOCK, [2 * RECORD]), (18 * BLOCK, [2 * RECORD, 2 * RECORD])):
+        with ShardWriter(tmp_path / str(second), bytes_per_shard=2 * RECORD) as writer:
+            writer.add("a.jpg", bytes(19 * BLOCK))  # with its header one record
+            writer.add("b.jpg", bytes(second))
+        paths = sorted((tmp_path / str(second)).iterdir())
+        assert [path.stat().st_size for path in paths] == sizes
+        assert [one.name for path in paths for one in shards.members(path)] == ["a.jpg", "b.jpg"]
 
 
 def test_a_shard_gets_its_name_when_complete_and_leaves_nothing_after_an_error(tmp_path):
