@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.faces.inputs import Wanted, glob_expression, list_sources
-from mefem_cli.faces.source import face_id, printable
-from mefem_cli.stores.crops import path_to_text, text_to_path
+from mefem_cli.faces.source import printable
+from mefem_cli.stores.crops import face_id, path_to_text, text_to_path
 
 JPEG = b"\xff\xd8\xff\xe0 anything"
 

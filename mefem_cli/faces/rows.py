@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mefem_cli.faces.source import NOTHING, Given, Label, Source, face_id, hash63
-from mefem_cli.stores.crops import REJECTED, SCHEMA, path_to_text
+from mefem_cli.faces.source import NOTHING, Given, Label, Source, hash63
+from mefem_cli.stores.crops import REJECTED, SCHEMA, face_id, path_to_text
 
 STILL_FRAME = 0
 CONTENT = "content"  # in a row before it is written: the encoded crop, where it goes into a shard

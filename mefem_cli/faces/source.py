@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,19 +93,6 @@ def hash63(*texts: str) -> int:
     """
     content = "\0".join(texts).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
-
-
-def face_id(name: str, frame: int, face: int) -> str:
-    """Return a face's id: the first 16 hex digits of sha256 over name, frame and face rank.
-
-    The bytes are the name as the file system spells it, a zero byte, the frame in decimal digits, a zero byte and the
-    rank in decimal digits. A source without a face has the id of rank 0.
-
-    >>> face_id("photos/anna.jpg", 0, 0)
-    '52116577a20d4a22'
-    """
-    content = b"\0".join([os.fsencode(name), str(frame).encode(), str(face).encode()])
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def printable(path: str) -> str:

@@ -1,14 +1,16 @@
-"""A crops folder on disk: `manifest.parquet` with one row per face or failed source, and the crops under `images/`.
+"""A crops folder on disk: `manifest.parquet` with one row per face or failed source, crops in `images/` or `shards/`.
 
 The manifest is written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from mefem_cli.errors import NoInputError, UsageError
-from mefem_cli.stores import product
-from mefem_cli.stores.shards import ShardReader
+from mefem_cli.stores import product, shards
 
 MANIFEST, REJECTS, CONTACT, PROVENANCE = "manifest.parquet", "rejects.csv", "contact.html", "provenance.json"
 IMAGES, SHARDS = "images", "shards"
@@ -30,7 +32,9 @@ OK, REJECTED = "ok", "rejected"
 REASONS = ("unreadable", "too-large", "no-face", "border", "small", "low-score", "not-one-face", "bad-box")
 KEYPOINTS = tuple(f"kp_{index}_{axis}" for index in range(6) for axis in "xy")
 
-_SHARDS = ShardReader()
+INDEX = ("id", "path", "crop_offset", "crop_bytes")  # the columns that reading a crop takes
+
+_SHARDS = shards.ShardReader()
 _TEXT, _INTEGER, _REAL = pa.string(), pa.int64(), pa.float64()
 SCHEMA = pa.schema(
     [
@@ -93,8 +97,8 @@ def write_manifest(folder: Path, rows: pa.Table) -> None:
         pq.write_table(ordered, temporary, compression="zstd")
 
 
-def read_manifest(folder: Path) -> pa.Table:
-    """Return all rows of a crops folder.
+def read_manifest(folder: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """Return all rows of a crops folder, with all columns or those of some names.
 
     Raises NoInputError where `folder` is none, UsageError where a newer version of mefem wrote it.
     """
@@ -102,7 +106,7 @@ def read_manifest(folder: Path) -> pa.Table:
     if not path.is_file():
         raise NoInputError(_why_no_crops(folder))
     try:
-        rows = pq.read_table(path)
+        rows = pq.read_table(path, columns=None if names is None else [*names])
     except (pa.ArrowInvalid, OSError) as error:
         raise NoInputError(f"{path} is damaged ({str(error)[:100]}); type mefem crop ... --overwrite") from error
     header = json.loads((rows.schema.metadata or {}).get(HEADER_KEY, b"{}"))
@@ -111,7 +115,7 @@ def read_manifest(folder: Path) -> pa.Table:
     if header["version"] > VERSION:
         raise UsageError(f"{path} has version {header['version']}, this mefem reads up to {VERSION}; upgrade mefem-cli")
     for field in SCHEMA:  # columns that an earlier mefem did not write
-        if field.name not in rows.column_names:
+        if field.name not in rows.column_names and (names is None or field.name in names):
             rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     return rows
 
@@ -124,89 +128,220 @@ def _why_no_crops(folder: Path) -> str:
     return f"{folder} is no crops folder (no {MANIFEST}); make one with mefem crop {folder} -o crops"
 
 
+def face_id(name: str, frame: int, face: int) -> str:
+    """Return a face's id: the first 16 hex digits of sha256 over name, frame and face rank.
+
+    The bytes are the name as the file system spells it, a zero byte, the frame in decimal digits, a zero byte and the
+    rank in decimal digits. A source without a face has the id of rank 0.
+
+    >>> face_id("photos/anna.jpg", 0, 0)
+    '52116577a20d4a22'
+    """
+    content = b"\0".join([os.fsencode(name), str(frame).encode(), str(face).encode()])
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class _Folder:
+    """A crops folder: its index in memory, other columns of its manifest when they are asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rows = read_manifest(path, ["status", *INDEX])
+        self.rows = np.flatnonzero(pc.equal(rows["status"], OK).to_numpy(zero_copy_only=False))  # of faces that count
+        self.index = rows.select(INDEX).take(pa.array(self.rows))
+
+    @cached_property
+    def size(self) -> int:
+        """The side of every crop, px."""
+        return _recorded_size(self.path)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The manifest's columns."""
+        return pq.read_schema(self.path / MANIFEST).names
+
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        """Return a column of the faces that count, None if the manifest has none of that name."""
+        return read_manifest(self.path, [name])[name].take(pa.array(self.rows)) if name in self.names else None
+
+    def digest(self) -> str:
+        """Return the sha256 of the manifest."""
+        return product.file_sha256(self.path / MANIFEST)
+
+
+class _Shard:
+    """A tar shard of pictures that are crops already, made by another program; it has no labels."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, path: Path):
+        self.path = path
+        members = shards.index(path)
+        is_crop = pc.match_substring_regex(members["name"], rb"(?i)\.(jpe?g|png|webp)$")
+        members = members.filter(is_crop)
+        names = [os.fsdecode(name) for name in members["name"].to_pylist()]
+        ids = [face_id(f"{path.name}/{name}", 0, 0) for name in names]
+        columns = [pa.array(ids), pa.array([""] * len(ids), pa.string()), members["offset"], members["size"]]
+        self.index = pa.table(dict(zip(INDEX, columns, strict=True)))
+
+    @cached_property
+    def size(self) -> int:
+        """The side of the first crop, px; the others are taken to have it too."""
+        if not len(self.index):
+            return 0
+        offset, size = (self.index[name][0].as_py() for name in INDEX[2:])
+        with Image.open(io.BytesIO(_SHARDS.read(self.path, offset, size))) as image:
+            return int(min(image.size))
+
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        """Return None: a shard has no manifest."""
+        return None
+
+    def digest(self) -> str:
+        """Return the sha256 of names, places and sizes, as hashing the pictures would take as long as reading them."""
+        content = hashlib.sha256()
+        for batch in self.index.to_batches():
+            for column in batch.columns:
+                content.update(repr(column.to_pylist()).encode())
+        return content.hexdigest()
+
+
 class Crops:
-    """One or several crops folders opened for reading; only faces with status `ok` count.
+    """Crops folders, and tar shards of crops, opened for reading; only faces with status `ok` count.
+
+    In memory are about 100 bytes a face; labels and other columns are read when they are asked for.
 
     >>> crops = Crops.open(Path("crops"))  # doctest: +SKIP
     >>> crops.read_bytes(0)[:2]  # doctest: +SKIP
     b'\xff\xd8'
     """
 
-    def __init__(self, folders: Sequence[Path], rows: pa.Table, folder_index: np.ndarray):
-        self.folders = list(folders)
-        self._rows = rows
-        self._folder_index = folder_index  # of each row, in `folders`
+    def __init__(self, parts: Sequence[_Folder | _Shard], index: pa.Table, part_of: np.ndarray, row_of: np.ndarray):
+        self.folders = [part.path for part in parts]
+        self._parts = list(parts)
+        self._index = index
+        self._part_of, self._row_of = part_of, row_of  # of each face: its part, and where it stands in that one's index
+        self._paths = index["path"].combine_chunks()
+        self._offsets, self._sizes = (pc.fill_null(index[name], -1).to_numpy() for name in INDEX[2:])
 
     @classmethod
     def open(cls, *folders: Path) -> Crops:
-        """Open folders that `mefem crop` made.
+        """Open folders that `mefem crop` made, or tar shards of crops.
 
-        Raises NoInputError if one is no crops folder or no face is ok, UsageError if a face's id is in two folders, if
-        crops differ in size, or if a manifest is of a newer version.
+        Raises NoInputError if one is neither or no face is ok, UsageError if a face's id is in two folders, if crops
+        differ in size, or if a manifest is of a newer version.
         """
-        tables = [_only_ok(read_manifest(Path(folder))) for folder in folders]
-        rows = pa.concat_tables(tables, promote_options="permissive") if tables else SCHEMA.empty_table()
-        if not rows.num_rows:
+        parts = [_Shard(Path(one)) if str(one).endswith(".tar") else _Folder(Path(one)) for one in folders]
+        index = pa.concat_tables([part.index for part in parts]) if parts else pa.table({name: [] for name in INDEX})
+        if not index.num_rows:
             raise NoInputError(f"no usable face in {', '.join(map(str, folders))}; see its {CONTACT} for the reasons")
-        folder_index = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        crops = cls([Path(folder) for folder in folders], rows, folder_index)
+        counts = [len(part.index) for part in parts]
+        part_of = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+        row_of = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+        crops = cls(parts, index, part_of, row_of)
         crops._refuse_equal_ids()
         assert crops.size > 0  # raises where sizes differ
         return crops
 
     def _refuse_equal_ids(self) -> None:
-        if len(set(self.ids)) == len(self.ids):
+        if pc.count_distinct(self._index["id"]).as_py() == len(self):
             return
         order = np.argsort(np.array(self.ids), kind="stable")
         for first, second in zip(order, order[1:], strict=False):
             if self.ids[first] == self.ids[second]:
-                one, other = (self.folders[self._folder_index[index]] for index in (first, second))
-                source = self._rows["source"][int(first)].as_py()
-                shown = f"the face {self.ids[first]} ({source})"
+                one, other = (self.folders[self._part_of[index]] for index in (first, second))
+                shown = f"the face {self.ids[first]} ({self.columns['source'][first]})"
                 raise UsageError(f"{shown} is in both {one} and {other}; name only one of them")
 
     def __len__(self) -> int:
-        return self._rows.num_rows
+        return len(self._part_of)
 
     @cached_property
     def ids(self) -> list[str]:
         """The ids of the faces, unique."""
-        return self._rows["id"].to_pylist()
+        return self._index["id"].to_pylist()
+
+    def describe(self, index: int) -> str:
+        """Return a face's id and where its crop lies, for a message."""
+        path = self._paths[index].as_py()
+        return f"{self._index['id'][index].as_py()} ({path or self.folders[self._part_of[index]]})"
 
     @cached_property
     def size(self) -> int:
         """The side of every crop, px. Raises UsageError where folders differ."""
-        sizes = [_recorded_size(folder) for folder in self.folders]
+        sizes = [part.size for part in self._parts if len(part.index)]
         if len(set(sizes)) > 1:
-            shown = ", ".join(f"{folder}: {size} px" for folder, size in zip(self.folders, sizes, strict=True))
+            shown = ", ".join(f"{folder}: {size} px" for folder, size in zip(self.folders, sizes, strict=False))
             raise UsageError(f"crops of different sizes ({shown}); crop one of them again with the other's --size")
         return sizes[0]
 
     @cached_property
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> Mapping[str, np.ndarray]:
         """The manifest's columns without the labels: numbers float64 or int64, texts objects."""
-        return {name: _to_numpy(self._rows[name]) for name in SCHEMA.names}
+        return _Columns(SCHEMA.names, self._manifest_column)
 
     @cached_property
-    def labels(self) -> dict[str, np.ndarray]:
+    def labels(self) -> Mapping[str, np.ndarray]:
         """The labels by name: numbers float64 with NaN, texts objects with "" where they are missing."""
-        names = [name for name in self._rows.column_names if name.startswith(LABEL)]
-        return {name.removeprefix(LABEL): _to_numpy(self._rows[name]) for name in names}
+        names = dict.fromkeys(name for part in self._parts for name in part.names if name.startswith(LABEL))
+        return _Columns([name.removeprefix(LABEL) for name in names], self._label_column)
+
+    def _manifest_column(self, name: str) -> np.ndarray:
+        return self._joined([part.column(name) for part in self._parts], SCHEMA.field(name).type)
+
+    def _label_column(self, name: str) -> np.ndarray:
+        columns = [part.column(LABEL + name) for part in self._parts]
+        is_text = any(column is not None and pa.types.is_string(column.type) for column in columns)
+        return self._joined(columns, _TEXT if is_text else _REAL)
+
+    def _joined(self, columns: list[pa.ChunkedArray | None], kind: pa.DataType) -> np.ndarray:
+        """Return a column of all faces from that of each part."""
+        pieces = [
+            pa.chunked_array([pa.nulls(len(part.index), kind)]) if column is None else column.cast(kind)
+            for part, column in zip(self._parts, columns, strict=True)
+        ]
+        whole = pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], kind)
+        starts = np.cumsum([0, *(len(part.index) for part in self._parts)])
+        return _to_numpy(whole.take(pa.array(starts[self._part_of] + self._row_of)))
 
     def read_bytes(self, index: int) -> bytes:
         """Return one crop as the encoded image file."""
-        folder = self.folders[self._folder_index[index]]
-        path, offset, size = (self._rows[name][index].as_py() for name in ("path", "crop_offset", "crop_bytes"))
-        return read_crop(folder, path, offset, size)
+        folder, offset = self.folders[self._part_of[index]], int(self._offsets[index])
+        path = self._paths[index].as_py()
+        if offset < 0:
+            with open(f"{folder}/{path}", "rb", buffering=0) as file:
+                return file.read()
+        return _SHARDS.read(f"{folder}/{path}" if path else folder, offset, int(self._sizes[index]))
 
     def inputs(self) -> dict[str, str]:
         """Return what provenance records of these crops: folder -> sha256 of its manifest."""
-        return {str(folder.absolute()): product.file_sha256(folder / MANIFEST) for folder in self.folders}
+        return {str(part.path.absolute()): part.digest() for part in self._parts}
 
     def select(self, indices: Iterable[int]) -> Crops:
         """Return a view of some of the faces, in the given order."""
         chosen = np.asarray(list(indices), dtype=np.int64)
-        return Crops(self.folders, self._rows.take(pa.array(chosen)), self._folder_index[chosen])
+        return Crops(self._parts, self._index.take(pa.array(chosen)), self._part_of[chosen], self._row_of[chosen])
+
+
+class _Columns(Mapping[str, np.ndarray]):
+    """Columns by name, each read once, when it is first asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]):
+        self._names, self._read = list(names), read
+        self._known: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_crop(folder: Path, path: str, offset: int | None, size: int | None) -> bytes:
@@ -214,10 +349,6 @@ def read_crop(folder: Path, path: str, offset: int | None, size: int | None) -> 
     if offset is None or size is None:
         return (folder / path).read_bytes()
     return _SHARDS.read(folder / path, offset, size)
-
-
-def _only_ok(rows: pa.Table) -> pa.Table:
-    return rows.filter(pc.equal(rows["status"], OK))
 
 
 def _recorded_size(folder: Path) -> int:
