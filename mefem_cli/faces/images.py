@@ -1,8 +1,8 @@
-"""Any image file -> EXIF-oriented sRGB pixels, uint8 [H, W, 3]; what cannot be read says why.
+"""Any image file -> a picture: upright, sRGB; what cannot be read says why. And crops -> files.
 
-Plain JPEGs go through simplejpeg (libjpeg-turbo), everything else through Pillow, which also decides in doubtful cases.
-Transparent pictures are laid over white, as viewers print them. Of animations the first frame is taken. Decoding is at
-full resolution.
+What a file is, its content says, not its name. The header is read first: a picture too large is never decoded. Plain
+JPEGs go through simplejpeg (libjpeg-turbo), everything else through Pillow, which also decides in doubtful cases; HEIC
+through pillow-heif (extra `heif`). Of animations the first frame is taken, of a HEIC file its primary image.
 """
 
 from __future__ import annotations
@@ -12,28 +12,55 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms
+from PIL import Image
+
+from mefem_cli.faces import colour
+from mefem_cli.faces.picture import Picture, Scale, turn_upright
+
+__all__ = ["ImageRejected", "Picture", "Scale", "begins_like_image", "decode", "encode", "open_picture", "turn_upright"]
+
+Kind = Literal["image", "heif", "html", "pdf", "postscript"]
 
 ORIENTATION_TAG = 0x0112
+TURNED = (5, 6, 7, 8)  # the orientations that swap width and height
 UNREADABLE, TOO_LARGE = "unreadable", "too-large"
 MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA without compression; a file larger than that times the limit is not read
-INVISIBLE_DIFFERENCE = 2  # of 255: a profile that moves no colour further is sRGB under another name
 
-# What makes stored pixels stand upright, by EXIF orientation: (transpose, then flip rows, flip columns)
-UPRIGHT = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
+# What Pillow may be asked to read: it knows formats, too, that start programs (EPS) or that nobody has photos in.
+PILLOW_FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PSD"]
+SIGNATURES: dict[bytes, Kind] = {
+    b"\xff\xd8\xff": "image",  # JPEG
+    b"\x89PNG\r\n\x1a\n": "image",
+    b"GIF87a": "image",
+    b"GIF89a": "image",
+    b"II*\0": "image",  # TIFF, and the two orders of BigTIFF
+    b"MM\0*": "image",
+    b"II+\0": "image",
+    b"MM\0+": "image",
+    b"\0\0\0\x0cjP  ": "image",  # JPEG 2000
+    b"\xff\x4f\xff\x51": "image",
+    b"8BPS": "image",  # Photoshop
+    b"%!PS": "postscript",
+    b"\xc5\xd0\xd3\xc6": "postscript",
+    b"%PDF": "pdf",
 }
+AVIF_BRANDS = {b"avif", b"avis"}
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+NOT_PICTURES = {
+    "html": "a web page, not an image (a download that failed?)",
+    "pdf": "a PDF document, not an image",
+    "postscript": "a PostScript program, not an image; convert it to PNG first",
+}
+WITHOUT_HEIF = 'HEIC needs one more package; type: pip install "mefem-cli[heif]"'
+
+Format = Literal["jpeg", "png", "webp"]
+SUFFIXES: dict[Format, str] = {"jpeg": ".jpg", "png": ".png", "webp": ".webp"}
+LOSSLESS = 100  # the WebP quality from which pixels are kept as they are
 
 
 class ImageRejected(Exception):
@@ -44,12 +71,31 @@ class ImageRejected(Exception):
         self.reason, self.detail, self.width, self.height = reason, detail, width, height
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A decoded picture: `pixels` is uint8 [H, W, 3], sRGB; `remark` tells what the reader should know, or nothing."""
+def kind_of(start: bytes) -> Kind | None:
+    """Say what a file is by its first bytes, 64 or more: `image` and `heif` can be read; None is anything else.
 
-    pixels: np.ndarray
-    remark: str = ""
+    >>> kind_of(b"GIF89a"), kind_of(b"<!doctype html>"), kind_of(b"path,age")
+    ('image', 'html', None)
+    """
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature):
+            return kind
+    if start[4:8] == b"ftyp":  # ISO media: the brands say if it is a picture or a video
+        end = min(int.from_bytes(start[:4], "big"), len(start))
+        brands = {start[at : at + 4] for at in (8, *range(16, end - 3, 4))}
+        return "image" if brands & AVIF_BRANDS else "heif" if brands & HEIF_BRANDS else None
+    is_bitmap = start.startswith(b"BM") and start[6:10] == b"\0\0\0\0"
+    is_webp = start.startswith(b"RIFF") and start[8:12] == b"WEBP"
+    is_netpbm = start[:1] == b"P" and start[1:2] in b"123456" and start[2:3].isspace()
+    if is_bitmap or is_webp or is_netpbm:
+        return "image"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return "html" if text.startswith(b"<!doctype html") or b"<html" in text else None
+
+
+def begins_like_image(start: bytes) -> bool:
+    """Return whether the first bytes of a file, 64 or more, are those of a picture that can be read."""
+    return kind_of(start) in ("image", "heif")
 
 
 def decode(content: bytes, max_pixels: int) -> Picture:
@@ -60,24 +106,80 @@ def decode(content: bytes, max_pixels: int) -> Picture:
     >>> decode(buffer.getvalue(), max_pixels=100).pixels.shape
     (1, 2, 3)
     """
+    picture = open_picture(content, max_pixels)
+    assert picture.pixels.ndim == 3
+    return picture
+
+
+def open_picture(content: bytes, max_pixels: int) -> Picture:
+    """Read an image file's header, and its pixels no sooner than they are needed (of plain JPEGs; else at once).
+
+    Raises ImageRejected where the file is broken, or larger than `max_pixels`; so do the picture's methods.
+    """
     if not content:
         raise ImageRejected(UNREADABLE, "the file is empty")
-    with _strict_pillow():
+    is_heif = kind_of(content[:512]) == "heif"
+    if is_heif and not _reads_heif():
+        raise ImageRejected(UNREADABLE, WITHOUT_HEIF)
+    with _rejecting(content, max_pixels), Image.open(io.BytesIO(content), formats=_formats(is_heif)) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            size = (height, width) if _orientation(image) in TURNED else (width, height)
+            detail = f"{size[0]} x {size[1]} px; --max-pixels is {max_pixels}"
+            raise ImageRejected(TOO_LARGE, detail, *size)
+        Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside the file that its header does not tell of
+        if image.format in ("JPEG", "MPO") and image.mode == "RGB":
+            colours, remark = colour.transform_for("RGB", image.info.get("icc_profile"))
+            jpeg = _PlainJpeg(content, max_pixels)
+            return Picture(image.size, jpeg.full, jpeg.reduced, _orientation(image), colours, remark)
+        pixels, colours, remark = _load(image)
+        orientation = _orientation(image)  # after loading: some formats turn the picture while they load it
+        return Picture((pixels.shape[1], pixels.shape[0]), lambda: pixels, None, orientation, colours, remark)
+
+
+class _PlainJpeg:
+    """An RGB JPEG with a sound header: its stored pixels, uint8 [h, w, 3], in the colours of the file."""
+
+    def __init__(self, content: bytes, max_pixels: int):
+        self.content, self.max_pixels = content, max_pixels
+
+    def full(self) -> np.ndarray:
+        with _rejecting(self.content, self.max_pixels):
+            pixels = self._decode(1)
+            if pixels is None:  # Pillow knows harmless damage
+                with Image.open(io.BytesIO(self.content), formats=_formats(is_heif=False)) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+            return pixels
+
+    def reduced(self, factor: int) -> np.ndarray | None:
+        """Return the pixels at 1/factor, sides rounded up, or None if the file is damaged."""
+        with _rejecting(self.content, self.max_pixels):
+            return self._decode(factor)
+
+    def _decode(self, factor: int) -> np.ndarray | None:
         try:
-            return _decode(content, max_pixels)
-        except ImageRejected:
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageRejected(TOO_LARGE, f"{error}; --max-pixels is {max_pixels}") from error
-        except MemoryError as error:
-            raise ImageRejected(TOO_LARGE, "not enough memory to decode it") from error
-        except Exception as error:  # decoders raise anything on broken files: SyntaxError, struct.error, IndexError ...
-            raise ImageRejected(UNREADABLE, _why_unreadable(content, error)) from error
+            height, width, _, _ = simplejpeg.decode_jpeg_header(self.content)
+            size = {"min_height": math.ceil(height / factor), "min_width": math.ceil(width / factor)}
+            options = {"colorspace": "RGB", "fastdct": False, "fastupsample": False, "min_factor": factor}
+            return simplejpeg.decode_jpeg(self.content, **options, **size)
+        except ValueError:
+            return None
+
+
+def _load(image: Image.Image) -> tuple[np.ndarray, colour.Transform | None, str]:
+    """Return an image's stored pixels as RGB, what brings them to sRGB, and a remark."""
+    image.load()
+    try:
+        flat = colour.flatten(image)
+    except colour.UnclearColours as error:
+        raise ImageRejected(UNREADABLE, str(error)) from error
+    rgb, colours, remark = colour.to_rgb(flat, image.info.get("icc_profile"))
+    return np.asarray(rgb), colours, remark
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings for the block, and give its limit on pixels back afterwards."""
+def _rejecting(content: bytes, max_pixels: int) -> Iterator[None]:
+    """Turn all that decoders raise on broken files into ImageRejected; silence Pillow, and give its limit back."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -85,56 +187,33 @@ def _strict_pillow() -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
+    except ImageRejected:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageRejected(TOO_LARGE, f"{error}; --max-pixels is {max_pixels}") from error
+    except MemoryError as error:
+        raise ImageRejected(TOO_LARGE, "not enough memory to decode it") from error
+    except Exception as error:  # decoders raise anything: SyntaxError, struct.error, IndexError ...
+        raise ImageRejected(UNREADABLE, _why_unreadable(content, error)) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(content: bytes, max_pixels: int) -> Picture:
-    with Image.open(io.BytesIO(content)) as image:  # reads the header only
-        if image.width * image.height > max_pixels:
-            size = f"{image.width} x {image.height} px"
-            raise ImageRejected(TOO_LARGE, f"{size}; --max-pixels is {max_pixels}", image.width, image.height)
-        Image.MAX_IMAGE_PIXELS = max_pixels  # for pictures inside the file that its header does not tell of
-        is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode == "RGB"
-        pixels = _decode_plain_jpeg(content) if is_plain_jpeg else None
-        if pixels is None:
-            image.load()
-        orientation = _orientation(image)  # after loading: some formats turn the picture while they load it
-        profile = image.info.get("icc_profile")
-        flat = _flatten(image) if pixels is None else None
-    transform, remark = _to_srgb(profile, "RGB" if flat is None else flat.mode)
-    if flat is None and transform is not None:
-        assert pixels is not None
-        flat = Image.fromarray(pixels)
-    if flat is not None:
-        pixels = np.asarray(flat.convert("RGB") if transform is None else transform.apply(flat))
-    assert pixels is not None
-    return Picture(np.ascontiguousarray(turn_upright(pixels, orientation)), remark)
+@lru_cache(maxsize=2)
+def _formats(is_heif: bool) -> list[str]:
+    Image.init()
+    return ["HEIF"] if is_heif else [name for name in PILLOW_FORMATS if name in Image.OPEN]
 
 
-def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
-    """Return the pixels of a sound RGB JPEG; None leaves a damaged one to Pillow, which knows harmless damage."""
+@lru_cache(maxsize=1)
+def _reads_heif() -> bool:
+    """Return whether pillow-heif is there; the first call makes Pillow know it."""
     try:
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False)
-    except ValueError:
-        return None
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Bring a loaded image to mode L, RGB or CMYK: 8 bits, without palette and without transparency."""
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ImageRejected(UNREADABLE, "32-bit gray values have no agreed range; convert it to 16 bits")
-        return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
-    if image.mode == "F":
-        raise ImageRejected(UNREADABLE, "floating-point pixels have no agreed range; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    if image.mode in ("L", "RGB", "CMYK"):
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    return True
 
 
 def _orientation(image: Image.Image) -> int:
@@ -144,49 +223,29 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Return a view of stored pixels [H, W, ...] as their EXIF orientation (1 to 8) wants them to be seen."""
-    transpose, flip_rows, flip_columns = UPRIGHT.get(orientation, (False, False, False))
-    if transpose:
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-
-
-def _to_srgb(profile: bytes | None, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """Return what converts pixels of an embedded colour profile to sRGB, if needed, and a remark if it is unusable."""
-    if not profile:
-        return None, ""
-    try:
-        return _transform(profile, mode), ""
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None, "colour profile ignored: it does not fit the picture"
-
-
-@lru_cache(maxsize=16)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB, or None where it would change nothing visible (most profiles are sRGB's own)."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    target = ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
-    if mode != "RGB":
-        return transform
-    steps = np.linspace(0, 255, 9).astype(np.uint8)
-    samples = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
-    converted = np.asarray(transform.apply(Image.fromarray(samples)))
-    change = np.abs(converted.astype(int) - samples).max()
-    return None if change <= INVISIBLE_DIFFERENCE else transform
-
-
 def _why_unreadable(content: bytes, error: Exception) -> str:
     """Say in a few words why a file could not be decoded, by what its first bytes say it is."""
-    start = content[:512].lstrip().lower()
-    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        return "HEIC is not read; convert it to JPEG first"
-    if start.startswith((b"<!doctype", b"<html")) or b"<html" in start:
-        return "a web page, not an image (a download that failed?)"
+    kind = kind_of(content[:512])
+    if kind in NOT_PICTURES:
+        return NOT_PICTURES[kind]
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
+        return "not an image" if kind is None else "damaged: it begins like an image, but its header cannot be read"
     return f"{type(error).__name__}: {str(error)[:160]}"
+
+
+def encode(pixels: np.ndarray, format: Format, quality: int) -> bytes:
+    """Encode uint8 [H, W, 3] without metadata. PNG ignores `quality`; WebP of quality 100 is lossless, JPEG never."""
+    if format == "jpeg":
+        return encode_jpeg(pixels, quality)
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if format == "png":
+        image.save(buffer, "PNG")
+    elif quality >= LOSSLESS:
+        image.save(buffer, "WEBP", lossless=True)
+    else:
+        image.save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
