@@ -13,10 +13,12 @@ from torch import nn
 from mefem_cli import console, parts
 from mefem_cli.backbones import vit
 from mefem_cli.engine import distributed, launch, seeds
+from mefem_cli.engine.cache import make_cache
 from mefem_cli.engine.device import Device, announce, choose_device, cores
 from mefem_cli.engine.distributed import World
 from mefem_cli.engine.fit import Observer, Trainer
 from mefem_cli.engine.monitors import split_monitor_faces
+from mefem_cli.engine.order import FaceOrder, split_weights
 from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream
 from mefem_cli.errors import OutputError
@@ -32,6 +34,7 @@ SUBJECT_LABELS = ("subject", "patient")
 FREE_ON_RESUME = frozenset(
     [
         "workers",
+        "cache",
         "device",
         "epochs",
         "checkpoint_every",
@@ -57,7 +60,7 @@ class Job:
     train_options: TrainOptions
     config: dict[str, Any]  # the resolved options, as config.yaml records them
     crops: Crops
-    training_rows: np.ndarray
+    order: FaceOrder
     monitor_rows: np.ndarray
     plan: Plan
     device: Device
@@ -85,13 +88,15 @@ class Job:
         objective_options = given.build(f"objectives.{train_options.objective}")
         backbone_options = given.build("backbones.vit")
 
+        folders, weights = split_weights(folders)
         crops = Crops.open(*folders)
         if product.limit is not None:
             crops = crops.select(range(min(product.limit, len(crops))))
         training_rows, monitor_rows = split_monitor_faces(
             len(crops), _subjects(crops), train_options.monitor, product.seed
         )
-        plan = make_plan(train_options, len(training_rows), device_options.batch_size)
+        order = FaceOrder(training_rows, _weights(crops, weights, training_rows))
+        plan = make_plan(train_options, len(order), device_options.batch_size)
         ema_planned = getattr(objective_options, "ema", None) == "auto" or bool(recorded.get("ema_planned"))
         objective_options = objective_module.resolve(
             objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
@@ -103,6 +108,7 @@ class Job:
         objective = objective_module.build(objective_options, encoder, given)
         config = {
             "crops": [str(folder.absolute()) for folder in folders],
+            "weights": weights,
             **asdict(train_options),
             **asdict(objective_options),
             **_options_of_parts(given, objective_options),
@@ -130,10 +136,9 @@ class Job:
         if not product.resume and not product.overwrite:
             refuse_existing(run.path, overwrite=False, holds="config.yaml")  # before training, and in a dry run too
         workers = device_options.workers or max(1, cores() // launch.place().local_size)
-        stream = ImageStream(crops, backbone_options.image_size, workers, keep_decoded=True)
-        return cls(
-            product, train_options, config, crops, training_rows, monitor_rows, plan, device, stream, objective, run
-        )
+        cache = make_cache(train_options.cache, len(crops), backbone_options.image_size)
+        stream = ImageStream(crops, backbone_options.image_size, workers, cache)
+        return cls(product, train_options, config, crops, order, monitor_rows, plan, device, stream, objective, run)
 
     def train(self) -> None:
         """Train to the end, or go on where the run stopped, and write the encoders; one process of a job writes."""
@@ -144,7 +149,7 @@ class Job:
         trainer = Trainer(
             self.objective,
             self.stream,
-            self.training_rows,
+            self.order,
             self.plan,
             self.device,
             self.run,
@@ -204,12 +209,13 @@ def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], st
     longer = "epochs" in given and str(given.values["epochs"]) != str(recorded["epochs"])
     if stopped.is_finished and not longer:
         raise OutputError(f"{stopped.path}: is finished; extend it with --epochs, or type --overwrite to train anew")
-    kept = {name: value for name, value in recorded.items() if name not in ("crops", "inputs", "ema_planned")}
+    no_options = ("crops", "weights", "inputs", "ema_planned")
+    kept = {name: value for name, value in recorded.items() if name not in no_options}
     if longer and recorded.get("ema_planned"):
         del kept["ema"]  # planned anew for the new length
-    return Given({**kept, **given.values, "out": str(stopped.path)}), folders or [
-        Path(one) for one in recorded["crops"]
-    ]
+    weights = recorded.get("weights", [1.0] * len(recorded["crops"]))
+    crops = [Path(f"{folder}={weight:g}") for folder, weight in zip(recorded["crops"], weights, strict=True)]
+    return Given({**kept, **given.values, "out": str(stopped.path)}), folders or crops
 
 
 def _options_of_parts(given: Given, objective_options: Any) -> dict[str, Any]:
@@ -222,6 +228,11 @@ def _subjects(crops: Crops) -> np.ndarray | None:
     return next((crops.labels[name] for name in SUBJECT_LABELS if name in crops.labels), None)
 
 
+def _weights(crops: Crops, weights: list[float], rows: np.ndarray) -> np.ndarray | None:
+    """Return the weight of each row, None where all are 1."""
+    return None if set(weights) == {1.0} else np.array(weights)[crops.part_of[rows]]
+
+
 def _new_run_path(config: dict[str, Any]) -> Path:
     return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.get('mask', config['objective'])}"
 
@@ -230,7 +241,7 @@ def describe_plan(job: Job) -> str:
     """Return one line about what the run does."""
     plan = job.plan
     return (
-        f"{len(job.training_rows)} faces to train on, {len(job.monitor_rows)} to watch; batch {plan.batch_size}, "
+        f"{len(job.order.rows)} faces to train on, {len(job.monitor_rows)} to watch; batch {plan.batch_size}, "
         f"{plan.epochs} epochs of {plan.steps_per_epoch} steps, learning rate {plan.lr:.2g} ({plan.preset} preset), "
         f"EMA {job.config.get('ema', 'none')}"
     )

@@ -21,7 +21,7 @@ from mefem_cli.engine import checkpoint, monitors, seeds
 from mefem_cli.engine.device import Device, choose_device
 from mefem_cli.engine.fit import Trainer
 from mefem_cli.engine.plan import TrainOptions, make_plan
-from mefem_cli.engine.stream import ImageStream
+from mefem_cli.engine.stream import ImageStream, decode
 from mefem_cli.errors import Diverged, NoInputError, OutputError, UsageError
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.runs import Run
@@ -275,7 +275,7 @@ def test_batches_hold_the_pixels_of_their_rows(tmp_path):
     rows = [np.array([4, 1, 7]), np.array([0, 9, 9])]
     for batch, index in zip(stream.batches(rows, torch.device("cpu")), rows, strict=True):
         for image, row in zip(batch.images, index, strict=True):
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), stream.read(int(row)))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), decode(crops.read_bytes(int(row)), 32))
 
 
 def test_seeds_are_independent_streams():

@@ -17,6 +17,7 @@ from mefem_cli.engine import checkpoint, distributed, monitors, seeds, tune
 from mefem_cli.engine.device import Device, map_tensors
 from mefem_cli.engine.distributed import World
 from mefem_cli.engine.meter import Meter
+from mefem_cli.engine.order import FaceOrder
 from mefem_cli.engine.plan import Plan
 from mefem_cli.engine.stop import Stop, stop_signals
 from mefem_cli.engine.stream import Batch, ImageStream
@@ -68,7 +69,7 @@ class Trainer:
         self,
         objective: Any,
         stream: ImageStream,
-        rows: np.ndarray,
+        rows: np.ndarray | FaceOrder,
         plan: Plan,
         device: Device,
         run: Run,
@@ -77,7 +78,9 @@ class Trainer:
         activation_checkpointing: bool = False,
     ):
         self.objective = objective.to(device.torch)
-        self.stream, self.rows, self.plan, self.device, self.seed = stream, rows, plan, device, seed
+        self.stream, self.plan, self.device, self.seed = stream, plan, device, seed
+        self.order = rows if isinstance(rows, FaceOrder) else FaceOrder(rows)
+        self.rows = self.order.rows
         self.world: World = distributed.world()
         self.run = run if self.world.is_first else distributed.ReadOnlyRun(run.path)
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -88,11 +91,6 @@ class Trainer:
         self.forward: nn.Module = objective  # what a step calls; in a job of several processes a wrapper of it
         self.part = self.world.share(plan.batch_size)  # this process's faces of a global batch
         self.accumulate = plan.accumulate  # micro-batches of that part
-        if plan.batch_size < self.world.size * plan.accumulate:
-            raise UsageError(
-                f"--batch-size {plan.batch_size}: {self.world.size} processes x {plan.accumulate} micro-batches want "
-                "a face each"
-            )
         self.step = 0
         self.skipped = torch.zeros((), device=device.torch)
         self.skipped_in_a_row = torch.zeros((), device=device.torch)
@@ -110,7 +108,7 @@ class Trainer:
         Diverged after three non-finite steps in a row; OutOfMemory if one face at a time does not fit.
         """
         if resume:
-            self.load_checkpoint()
+            self.world.agree(self.load_checkpoint)
         self.objective.train()
         self._settle_step()
         with (
@@ -277,7 +275,7 @@ class Trainer:
         for step in range(self.step, self.plan.total_steps):
             epoch, number = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
-                order = seeds.numpy_generator(self.seed, seeds.ORDER, epoch).permutation(self.rows)
+                order = self.order.epoch(self.seed, epoch)
                 order_epoch = epoch
             yield order[number * batch_size : (number + 1) * batch_size][self.part]
 

@@ -23,6 +23,9 @@ class TrainOptions:
     warmup_epochs: float = 3.0  # epochs over which the learning rate rises
     lr: float | None = None  # peak learning rate; default: planned
     weight_decay: str = "0.04:0.4"  # START:END of a cosine; none on biases, norms, tokens and positions
+    cache: Literal["auto", "ram", "off"] = (
+        "auto"  # keep decoded crops in memory; auto: if a quarter of the free is enough
+    )
     accumulate: int = 1  # cut each process's part of a batch into N micro-batches to save memory; same results
     monitor: int = 1024  # faces set aside to watch the encoder, whole subjects, at most 5 %
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: every step
@@ -79,14 +82,21 @@ def weight_decay_range(text: str) -> tuple[float, float]:
     raise UsageError(f"--weight-decay {text}: wanted START:END or one number, not negative, such as 0.04:0.4")
 
 
-def make_plan(options: TrainOptions, num_faces: int, batch_size: str = "auto") -> Plan:
-    """Plan a run on `num_faces` training faces. Raises UsageError for a batch that the faces do not fill."""
+def make_plan(options: TrainOptions, num_faces: int, batch_size: str = "auto", num_processes: int = 1) -> Plan:
+    """Plan a run on `num_faces` training faces.
+
+    Raises UsageError for a batch that the faces do not fill or that cannot be cut for processes and micro-batches.
+    """
     preset = options.preset
     if preset == "auto":
         preset = "paper" if num_faces >= PAPER_FACES else "small"
     batch = _batch_size(batch_size, num_faces, preset)
     if batch % options.accumulate:
         raise UsageError(f"--accumulate {options.accumulate}: does not divide the batch of {batch}")
+    if batch < num_processes * options.accumulate:
+        raise UsageError(
+            f"--batch-size {batch}: {num_processes} processes x {options.accumulate} micro-batches want a face each"
+        )
     steps_per_epoch = num_faces // batch
     planned_lr = schedules.PAPER_LEARNING_RATE if preset == "paper" else schedules.small_data_learning_rate(batch)
     return Plan(

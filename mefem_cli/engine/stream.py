@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from mefem_cli import console
+from mefem_cli.engine.cache import DecodedCache
 from mefem_cli.engine.device import cores
-from mefem_cli.errors import NoInputError
+from mefem_cli.errors import MefemError, NoInputError
 from mefem_cli.stores.crops import Crops
 
 BATCHES_AHEAD = 3
-CACHE_BYTES = 1 << 30  # decoded crops are kept in memory when all of them fit in this
+TASK = 8  # crops that a thread decodes in one go: fewer cost more in handing over, more leave threads idle at the end
 NAMED_CORRUPT_CROPS = 5
 
 
@@ -33,65 +34,82 @@ class Batch:
     readable: np.ndarray  # [B] bool, False: this crop is corrupt
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A batch while threads fill it."""
+
+    images: torch.Tensor  # uint8 [B, S, S, 3]
+    index: np.ndarray
+    tasks: list[Future[np.ndarray]]  # each tells which of its crops are readable
+
+
 class ImageStream:
     """Decodes crops to `image_size` px in `workers` threads (the decoders release the interpreter lock).
 
     A corrupt crop is counted, named on stderr and stands in the batch as a copy of a readable neighbour, so that
-    shapes and the order of all others stay the same.
+    shapes and the order of all others stay the same. `cache` keeps what is decoded.
     """
 
-    def __init__(self, crops: Crops, image_size: int, workers: int | None = None, keep_decoded: bool = False):
+    def __init__(self, crops: Crops, image_size: int, workers: int | None = None, cache: DecodedCache | None = None):
         self.crops = crops
         self.image_size = image_size
         self.workers = workers or cores()
         self.corrupt: list[str] = []
         self.waited = 0.0  # seconds spent waiting for decoded batches
-        fits = len(crops) * image_size * image_size * 3 <= CACHE_BYTES
-        self._decoded: dict[int, np.ndarray | None] | None = {} if keep_decoded and fits else None
+        self._cache = cache
 
     def batches(self, batches: Iterable[np.ndarray], device: torch.device) -> Iterator[Batch]:
         """Yield a batch of images on `device` for each array of row numbers, in order, decoding ahead."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            pending: deque[tuple[np.ndarray, list[Future[np.ndarray | None]]]] = deque()
+            pending: deque[_Pending] = deque()
             try:
                 for index in batches:
-                    pending.append((index, [pool.submit(self.read, int(row)) for row in index]))
+                    pending.append(self._begin(pool, index, device))
                     if len(pending) > BATCHES_AHEAD:
-                        yield self._collect(*pending.popleft(), device)
+                        yield self._collect(pending.popleft(), device)
                 while pending:
-                    yield self._collect(*pending.popleft(), device)
+                    yield self._collect(pending.popleft(), device)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def read(self, row: int) -> np.ndarray | None:
-        """Return one crop as uint8 [S, S, 3], or None if its file is missing or corrupt."""
-        if self._decoded is not None and row in self._decoded:
-            return self._decoded[row]
-        try:
-            image: np.ndarray | None = decode(self.crops.read_bytes(row), self.image_size)
-        except (OSError, ValueError, SyntaxError):  # what the decoders raise on damaged files
-            image = None
-        if self._decoded is not None:
-            self._decoded[row] = image
-        return image
+    def _begin(self, pool: ThreadPoolExecutor, index: np.ndarray, device: torch.device) -> _Pending:
+        shape = (len(index), self.image_size, self.image_size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        starts = range(0, len(index), TASK)
+        tasks = [pool.submit(self._fill, images.numpy()[at : at + TASK], index[at : at + TASK]) for at in starts]
+        return _Pending(images, index, tasks)
 
-    def _collect(self, index: np.ndarray, futures: list[Future[np.ndarray | None]], device: torch.device) -> Batch:
+    def _fill(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Decode some crops into `images` [n, S, S, 3]; return which of them are readable, bool [n]."""
+        return np.array(
+            [self._read_into(image, int(row)) for image, row in zip(images, index, strict=True)], dtype=bool
+        )
+
+    def _read_into(self, image: np.ndarray, row: int) -> bool:
+        if self._cache is not None and (known := self._cache.get(row, image)) is not None:
+            return known
+        try:
+            decode_into(self.crops.read_bytes(row), image)
+            readable = True
+        except (OSError, ValueError, SyntaxError, MefemError):  # what the decoders and stores raise on damaged files
+            readable = False
+        if self._cache is not None:
+            self._cache.put(row, image if readable else None)
+        return readable
+
+    def _collect(self, pending: _Pending, device: torch.device) -> Batch:
         begun = time.perf_counter()
-        images = [future.result() for future in futures]
+        readable = np.concatenate([task.result() for task in pending.tasks])
         self.waited += time.perf_counter() - begun
-        readable = np.array([image is not None for image in images])
+        images, index = pending.images, pending.index
         if not readable.all():
             self._report_corrupt(index[~readable])
-        present = [image for image in images if image is not None]
-        if not present:
-            raise NoInputError(
-                f"no crop of a whole batch can be read, such as {self.crops.ids[int(index[0])]}; rerun mefem crop"
-            )
-        stand_in = iter(present * len(images))
-        stacked = torch.from_numpy(np.stack([next(stand_in) if image is None else image for image in images]))
-        if device.type == "cuda":
-            stacked = stacked.pin_memory()
-        return Batch(stacked.to(device, non_blocking=True).permute(0, 3, 1, 2), index, readable)
+            if not readable.any():
+                such = self.crops.describe(int(index[0]))
+                raise NoInputError(f"no crop of a whole batch can be read, such as {such}; rerun mefem crop")
+            stand_ins = np.resize(np.flatnonzero(readable), int((~readable).sum()))
+            images[torch.from_numpy(np.flatnonzero(~readable))] = images[torch.from_numpy(stand_ins)]
+        return Batch(images.to(device, non_blocking=True).permute(0, 3, 1, 2), index, readable)
 
     def _report_corrupt(self, rows: np.ndarray) -> None:
         for row in rows:
@@ -99,18 +117,30 @@ class ImageStream:
             if name not in self.corrupt:
                 self.corrupt.append(name)
                 if len(self.corrupt) <= NAMED_CORRUPT_CROPS:
-                    console.warn(f"crop {name} ({self.crops.columns['path'][int(row)]}) cannot be read; it is left out")
+                    console.warn(f"crop {self.crops.describe(int(row))} cannot be read; it is left out")
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
-    """Decode an image file to uint8 RGB [image_size, image_size, 3], resampled with an antialiased bicubic filter.
+    """Return an image file as uint8 RGB [image_size, image_size, 3]. Raises what `decode_into` does."""
+    image = np.empty((image_size, image_size, 3), np.uint8)
+    decode_into(data, image)
+    return image
+
+
+def decode_into(data: bytes, image: np.ndarray) -> None:
+    """Decode an image file into `image`, uint8 RGB [S, S, 3], resampled with an antialiased bicubic filter.
 
     Raises ValueError or OSError for a damaged file.
     """
+    size = image.shape[0]
     if data[:2] == b"\xff\xd8":
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) == (size, size) and image.flags.c_contiguous:
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=image)
+            return
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
     else:
-        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    if image.shape[:2] == (image_size, image_size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BICUBIC))
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    if pixels.shape[:2] != image.shape[:2]:
+        pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+    image[:] = pixels

@@ -220,7 +220,7 @@ class Crops:
         self.folders = [part.path for part in parts]
         self._parts = list(parts)
         self._index = index
-        self._part_of, self._row_of = part_of, row_of  # of each face: its part, and where it stands in that one's index
+        self.part_of, self._row_of = part_of, row_of  # of each face: its part, and where it stands in that one's index
         self._paths = index["path"].combine_chunks()
         self._offsets, self._sizes = (pc.fill_null(index[name], -1).to_numpy() for name in INDEX[2:])
 
@@ -249,12 +249,12 @@ class Crops:
         order = np.argsort(np.array(self.ids), kind="stable")
         for first, second in zip(order, order[1:], strict=False):
             if self.ids[first] == self.ids[second]:
-                one, other = (self.folders[self._part_of[index]] for index in (first, second))
+                one, other = (self.folders[self.part_of[index]] for index in (first, second))
                 shown = f"the face {self.ids[first]} ({self.columns['source'][first]})"
                 raise UsageError(f"{shown} is in both {one} and {other}; name only one of them")
 
     def __len__(self) -> int:
-        return len(self._part_of)
+        return len(self.part_of)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -264,7 +264,7 @@ class Crops:
     def describe(self, index: int) -> str:
         """Return a face's id and where its crop lies, for a message."""
         path = self._paths[index].as_py()
-        return f"{self._index['id'][index].as_py()} ({path or self.folders[self._part_of[index]]})"
+        return f"{self._index['id'][index].as_py()} ({path or self.folders[self.part_of[index]]})"
 
     @cached_property
     def size(self) -> int:
@@ -302,11 +302,11 @@ class Crops:
         ]
         whole = pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], kind)
         starts = np.cumsum([0, *(len(part.index) for part in self._parts)])
-        return _to_numpy(whole.take(pa.array(starts[self._part_of] + self._row_of)))
+        return _to_numpy(whole.take(pa.array(starts[self.part_of] + self._row_of)))
 
     def read_bytes(self, index: int) -> bytes:
         """Return one crop as the encoded image file."""
-        folder, offset = self.folders[self._part_of[index]], int(self._offsets[index])
+        folder, offset = self.folders[self.part_of[index]], int(self._offsets[index])
         path = self._paths[index].as_py()
         if offset < 0:
             with open(f"{folder}/{path}", "rb", buffering=0) as file:
@@ -320,7 +320,7 @@ class Crops:
     def select(self, indices: Iterable[int]) -> Crops:
         """Return a view of some of the faces, in the given order."""
         chosen = np.asarray(list(indices), dtype=np.int64)
-        return Crops(self._parts, self._index.take(pa.array(chosen)), self._part_of[chosen], self._row_of[chosen])
+        return Crops(self._parts, self._index.take(pa.array(chosen)), self.part_of[chosen], self._row_of[chosen])
 
 
 class _Columns(Mapping[str, np.ndarray]):
