@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class World:
             result = make()
         except Exception as caught:
             error = caught
+            if self.size > 1:  # a launcher stops the others when the first has ended, also the one that has to speak
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
         codes = self.gather(exit_code(error) if error else 0)
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is None:
@@ -101,11 +104,11 @@ class World:
         """Return the objective with gradients averaged over processes during its backward pass."""
         if self.size == 1:
             return objective
-        wrapper = nn.parallel.DistributedDataParallel
-        # Buffers are constants (positions, means, weights of the loss). Newer torch has another name for it.
-        names = inspect.signature(wrapper).parameters
+        # Buffers are constants (positions, means, weights of the loss). Newer torch has another name for the option.
+        names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return wrapper(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
+        options: dict[str, Any] = {sync_buffers: False, "gradient_as_bucket_view": True}
+        return nn.parallel.DistributedDataParallel(objective, **options)
 
 
 class ReadOnlyRun(Run):

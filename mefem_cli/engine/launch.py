@@ -113,7 +113,9 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
         status = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status)
         try:
-            torchrun.run(torchrun.parse_args([*options, "-m", "mefem_cli", *arguments]))
+            job = torchrun.parse_args([*options, "-m", "mefem_cli"])
+            job.training_script_args = list(arguments)  # its parser would take --monitor for --monitor-interval
+            torchrun.run(job)
             return 0
         except ChildFailedError as error:
             return int(status.read_text()) if status.exists() else _judge(error.failures, num_processes)
