@@ -96,7 +96,7 @@ class Job:
             len(crops), _subjects(crops), train_options.monitor, product.seed
         )
         order = FaceOrder(training_rows, _weights(crops, weights, training_rows))
-        plan = make_plan(train_options, len(order), device_options.batch_size)
+        plan = make_plan(train_options, len(order), device_options.batch_size, distributed.world().size)
         ema_planned = getattr(objective_options, "ema", None) == "auto" or bool(recorded.get("ema_planned"))
         objective_options = objective_module.resolve(
             objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
