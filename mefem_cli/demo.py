@@ -31,14 +31,14 @@ from mefem_cli.stores.runs import Run
 RECIPE: dict[str, str] = {
     "backbone": "vit_tiny_patch16_224",
     "depth": "4",
-    "image_size": "80",
+    "image_size": "96",
     "patch_size": "16",
-    "width": "1",
+    "mask": "quadrants",
     "predictor_depth": "2",
     "batch_size": "32",
-    "lr": "2e-4",
-    "ema": "0.996:1",
-    "epochs": "30",
+    "lr": "5e-4",
+    "ema": "1:0.997",  # the target stays as it began for the first half, and follows the source in the second
+    "epochs": "24",
 }
 # Rough times on two cores, for the estimate of a dry run.
 RENDERED_PER_SECOND, CROPPED_PER_SECOND, TRAINED_PER_SECOND, OTHER_SECONDS = 20, 60, 300, 30
