@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 Transform = ImageCms.ImageCmsTransform
 INVISIBLE_DIFFERENCE = 2  # of 255: a profile that moves no colour further is sRGB under another name
-SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # what a profile calls the colours of a mode
+SPACE = slice(16, 20)  # where a profile says what its colours are (ICC.1:2022, 7.2)
 UNFIT = "colour profile ignored: it does not fit the picture"
 
 
@@ -34,7 +34,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    if image.mode in SPACES:
+    if image.mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
 
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, Tran
 
     Pixels of an RGB profile keep their colours: the caller converts those that it needs.
     """
-    if image.mode == "L" and profile and _space(profile) == "RGB":  # a program that works in RGB saved a gray picture
+    if image.mode == "L" and profile and profile[SPACE] == b"RGB ":  # saved by a program that works in RGB
         image = image.convert("RGB")
     transform, remark = transform_for(image.mode, profile)
     if image.mode == "RGB":
@@ -53,11 +53,9 @@ def to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, Tran
 
 
 def transform_for(mode: str, profile: bytes | None) -> tuple[Transform | None, str]:
-    """Return what converts pixels of an embedded colour profile to sRGB, if needed, and a remark if it is unusable."""
+    """Return what converts pixels of an embedded profile to sRGB, if needed, and a remark if it does not fit them."""
     if not profile:
         return None, ""
-    if _space(profile) != SPACES[mode]:
-        return None, UNFIT
     try:
         return _transform(profile, mode), ""
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -67,11 +65,6 @@ def transform_for(mode: str, profile: bytes | None) -> tuple[Transform | None, s
 def to_srgb(pixels: np.ndarray, transform: Transform | None) -> np.ndarray:
     """Apply a transform to uint8 [H, W, 3]; without one the pixels are returned as they are."""
     return pixels if transform is None else np.asarray(transform.apply(Image.fromarray(np.ascontiguousarray(pixels))))
-
-
-def _space(profile: bytes) -> str:
-    """Return what colours a profile describes, from its header (ICC.1:2022, 7.2): RGB, GRAY, CMYK or something else."""
-    return profile[16:20].decode("latin-1").strip()
 
 
 @lru_cache(maxsize=16)
