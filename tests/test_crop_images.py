@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 
 from mefem_cli.faces import images
 from mefem_cli.faces.images import ImageRejected
@@ -44,7 +45,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_orientation_is_applied_as_pillow_does(kind, orientation):
     exif = Image.Exif()
     exif[images.ORIENTATION_TAG] = orientation
@@ -150,7 +151,8 @@ def truncated(kind: str) -> bytes:
         (b"<!DOCTYPE html><html><body>404</body></html>", "unreadable", "web page"),
         (b"\x89PNG\r\n\x1a\n", "unreadable", ""),
         (b"\xff\xd8\xff\xe0", "unreadable", ""),
-        (b"\0\0\0\x18ftypheic" + b"\0" * 60, "unreadable", "HEIC"),
+        (b"\xff\xd8\xff" + bytes(60), "unreadable", "damaged"),
+        (b"%PDF-1.7", "unreadable", "PDF"),
         (truncated("JPEG"), "unreadable", "truncated"),
         (truncated("PNG"), "unreadable", ""),
         (truncated("WEBP"), "unreadable", ""),
@@ -181,25 +183,202 @@ def test_pillows_warnings_do_not_get_out():
         assert heard == []
 
 
-def test_limit_itself_is_allowed_and_pillows_own_limit_returns():
-    before = Image.MAX_IMAGE_PIXELS
+def test_limit_itself_is_allowed_and_pillows_own_limit_returns(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_345)
     assert images.decode(encoded(smooth(1000, 10), "PNG"), 10_000).pixels.shape == (10, 1000, 3)
+    assert Image.MAX_IMAGE_PIXELS == 12_345
     with pytest.raises(ImageRejected, match="too-large"):
         images.decode(encoded(smooth(1000, 10), "PNG"), 9_999)
-    assert before == Image.MAX_IMAGE_PIXELS
+    assert Image.MAX_IMAGE_PIXELS == 12_345
 
 
 def test_one_pixel_is_a_picture():
     assert decoded(encoded(Image.new("RGB", (1, 1), "blue"), "PNG")).tolist() == [[[0, 0, 255]]]
 
 
-def test_crop_jpeg_has_full_colour_resolution_and_no_metadata():
-    content = images.encode_jpeg(np.asarray(smooth(224, 224)), quality=95)
+# What a file is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "big TIFF", "second byte order"]
+)
+def test_pictures_are_known_by_their_beginning(kind):
+    options = {"big_tiff": True} if kind == "big TIFF" else {}
+    content = encoded(smooth(), "TIFF" if "TIFF" in kind else "JPEG" if " " in kind else kind, **options)
+    if kind == "second byte order":
+        content = b"MM\0*\0\0\0\x08"
+    assert images.kind_of(content[:64]) == "image"
+    assert images.begins_like_image(content[:64])
+
+
+def brands(*names: bytes) -> bytes:
+    """The first box of an ISO media file: its main brand, a version, and what else it can be read as."""
+    return struct.pack(">I4s4s4x", 12 + 4 * len(names), b"ftyp", names[0]) + b"".join(names[1:])
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (brands(b"heic", b"mif1"), "heif"),
+        (brands(b"mif1", b"heic"), "heif"),
+        (brands(b"mif1", b"avif", b"miaf"), "image"),
+        (brands(b"avis", b"msf1"), "image"),
+        (brands(b"isom", b"iso2", b"mp41"), None),
+        (brands(b"qt  "), None),
+        (brands(b"isom") + b"heicheic", None),  # beyond the box
+        (b"\0\0\0\x18ftyp", None),
+        (b"\xef\xbb\xbf  <!DOCTYPE HTML>", "html"),
+        (b"<?xml version='1.0'?>\n<html>", "html"),
+        (b"%PDF-1.7", "pdf"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "postscript"),
+        (b"BMW,price\n", None),
+        (b"P1,age\n", None),
+        (b"path,age\na.jpg,3\n", None),
+        (b"RIFF\0\0\0\0WAVE", None),
+        (b"", None),
+    ],
+)
+def test_other_beginnings(start, kind):
+    assert images.kind_of(start) == kind
+    assert images.begins_like_image(start) == (kind in ("image", "heif"))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_is_started_for_a_file(monkeypatch):
+    """Pillow would hand PostScript to Ghostscript."""
+    started: list[object] = []
+    white = Image.new("RGB", (10, 10)).im
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: started.append(given) or white)
+    Image.open(io.BytesIO(EPS)).load()
+    assert started
+    started.clear()
+    with pytest.raises(ImageRejected, match="PostScript"):
+        decoded(EPS)
+    assert started == []
+
+
+def test_too_large_pictures_are_described_as_they_are_seen():
+    exif = Image.Exif()
+    exif[images.ORIENTATION_TAG] = 6
+    with pytest.raises(ImageRejected, match="40 x 60 px; --max-pixels is 2399") as rejected:
+        images.open_picture(encoded(smooth(60, 40), "JPEG", exif=exif), 2399)
+    assert (rejected.value.width, rejected.value.height) == (40, 60)
+
+
+# HEIC ----------------------------------------------------------------------------------------------------------------
+
+
+def heic(image: Image.Image, **options) -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (extra heif)")
+    pillow_heif.register_heif_opener()
+    try:
+        return encoded(image, "HEIF", quality=-1, chroma=444, **options)
+    except RuntimeError as error:
+        pytest.skip(f"this pillow-heif cannot write HEIC: {error}")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_turned_once(orientation):
+    """HEIC stores its orientation twice: as a property, which the decoder follows, and in EXIF."""
+    exif = Image.Exif()
+    exif[images.ORIENTATION_TAG] = orientation
+    stored = smooth(64, 40)
+    picture = images.open_picture(heic(stored, exif=exif.tobytes()), LIMIT)
+    upright = images.turn_upright(np.asarray(stored), orientation)
+    assert (picture.width, picture.height) == upright.shape[1::-1]
+    np.testing.assert_allclose(picture.pixels.astype(int), upright, atol=4)
+
+
+def test_heic_of_ten_bits():
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (extra heif)")
+    heic(smooth())  # skips where HEIC cannot be written
+    levels = np.linspace(0, 65535, 64).astype(np.uint16)
+    deep = np.ascontiguousarray(np.broadcast_to(levels[None, :, None], (64, 64, 3)))
+    buffer = io.BytesIO()
+    file = pillow_heif.from_bytes("RGB;16", (64, 64), deep.tobytes())
+    file.save(buffer, quality=-1, chroma=444, bit_depth=10)
+    assert pillow_heif.open_heif(buffer.getvalue(), convert_hdr_to_8bit=False).info["bit_depth"] == 10
+    np.testing.assert_allclose(decoded(buffer.getvalue())[32], deep[32] / 257, atol=2)
+
+
+def test_heic_profile_becomes_srgb():
+    red, _, blue = decoded(heic(Image.new("RGB", (64, 64), (250, 10, 10)), icc_profile=swapped_profile()))[32, 32]
+    assert int(blue) > 200 > 60 > int(red)
+
+
+def test_heic_transparency_lies_over_white():
+    clear = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    np.testing.assert_allclose(decoded(heic(clear))[32, 32], 255, atol=2)
+
+
+def test_heic_too_large_is_not_decoded(monkeypatch):
+    content = heic(smooth(64, 40))
+    monkeypatch.setattr("pillow_heif.heif.BaseImage.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageRejected, match="64 x 40 px; --max-pixels is 2559"):
+        images.decode(content, 2559)
+
+
+def test_heic_cut_short_is_rejected():
+    content = heic(smooth(64, 40))
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(ImageRejected, match="unreadable"):
+            decoded(content[: int(len(content) * share)])
+
+
+def test_heic_without_the_extra_says_what_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images._reads_heif.cache_clear()
+    with pytest.raises(ImageRejected) as rejected:
+        decoded(brands(b"heic", b"mif1") + bytes(60))
+    images._reads_heif.cache_clear()
+    assert rejected.value.reason == "unreadable"
+    assert 'pip install "mefem-cli[heif]"' in rejected.value.detail
+
+
+# Crops as files ------------------------------------------------------------------------------------------------------
+
+
+def test_crop_jpeg_has_full_colour_resolution():
+    content = images.encode(np.asarray(smooth(224, 224)), "jpeg", quality=95)
     with Image.open(io.BytesIO(content)) as image:
         assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
-        assert not image.getexif()
-        assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
         assert np.abs(np.asarray(image).astype(int) - np.asarray(smooth(224, 224))).max() <= 8
+
+
+@pytest.mark.parametrize(("format", "quality"), [("png", 1), ("png", 100), ("webp", 100)])
+def test_lossless_crops_keep_every_pixel(format, quality):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    content = images.encode(pixels[:, ::-1], format, quality)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), pixels[:, ::-1])
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_views_are_encoded_as_their_copies_are(format):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    for view in (pixels[:, ::-1], pixels.swapaxes(0, 1), pixels[10:30, 5:20]):
+        assert images.encode(view, format, 90) == images.encode(view.copy(), format, 90)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_quality_buys_likeness_for_bytes(format):
+    pixels = np.random.default_rng(0).integers(90, 160, (64, 64, 3), dtype=np.uint8)
+    files = [images.encode(pixels, format, quality) for quality in (20, 90)]
+    errors = [np.abs(np.asarray(Image.open(io.BytesIO(file))) - pixels.astype(int)).mean() for file in files]
+    assert len(files[0]) < len(files[1])
+    assert errors[0] > errors[1]
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_crops_hold_no_metadata(format):
+    content = images.encode(np.asarray(smooth(224, 224)), format, quality=95)
+    assert images.SUFFIXES[format] == {"jpeg": ".jpg", "png": ".png", "webp": ".webp"}[format]
+    with Image.open(io.BytesIO(content)) as image:
+        assert (image.format, image.mode, image.size) == (format.upper(), "RGB", (224, 224))
+        assert not image.getexif()
+        known = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "loop", "background", "timestamp", "duration"}
+        assert set(image.info) <= known
 
 
 @given(st.binary(max_size=200))

@@ -28,7 +28,7 @@ def flatten(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise UnclearColours("32-bit gray values have no agreed range; convert it to 16 bits")
-        return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise UnclearColours("floating-point pixels have no agreed range; convert it to 8 or 16 bits")
     if image.has_transparency_data:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 SIDE, FREQUENCIES = 32, 8
-# Row k: cos(pi k (2 n + 1) / 64), the DCT-II without normalisation. It has no influence on the order of coefficients
-# but for row and column 0, which stay as they are: so the hash is that of imagehash, bit by bit.
+# Row k: 2 cos(pi k (2 n + 1) / 64), the DCT-II as imagehash has it. The orthonormal one would weigh row and column 0
+# less, and move the median.
 COSINES = 2 * np.cos(np.pi * np.arange(FREQUENCIES)[:, None] * (2 * np.arange(SIDE) + 1) / (2 * SIDE))
 DIGITS = 6  # coefficients are rounded, so that what is zero in theory does not depend on how a machine adds
 
