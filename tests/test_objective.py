@@ -9,11 +9,13 @@ from collections import Counter
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Attention, Block
 from torch import nn
 from torch.nn import functional
 
 from mefem_cli import parts
 from mefem_cli.backbones import vit
+from mefem_cli.backbones._attention import CPUAttention, speed_up_attention
 from mefem_cli.errors import UsageError
 from mefem_cli.masks import Split
 from mefem_cli.objectives import mefem
@@ -251,6 +253,62 @@ def test_the_encoder_is_timms_own_with_or_without_a_subset_of_tokens():
     features = encoder.features(pictures)
     assert torch.allclose(features["cls"], expected[:, 0], atol=1e-5)
     assert torch.allclose(features["mean"], expected[:, 1:].mean(1), atol=1e-5)
+
+
+def test_attention_on_a_cpu_is_timms_own_and_in_bf16_nearer_to_float32():
+    objective = build(64, 8)
+    blocks = [*objective.source_encoder.vit.blocks, *objective.target_encoder.vit.blocks, *objective.predictor.blocks]
+    assert all(type(block.attn) is CPUAttention for block in blocks)
+    ours = blocks[0].attn
+    timms = copy.deepcopy(ours)
+    timms.__class__ = Attention
+    tokens = torch.randn(2, 65, 192, generator=generator())
+    outputs, gradients = {}, {}
+    for name, attention, bf16 in (
+        ("exact", timms, False),
+        ("same", ours, False),
+        ("bf16", timms, True),
+        ("ours", ours, True),
+    ):
+        leaf = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = attention(leaf)
+        output.float().square().sum().backward()
+        outputs[name], gradients[name] = output.float(), leaf.grad
+        assert output.dtype is (torch.bfloat16 if bf16 else torch.float32)
+    for result in (outputs, gradients):
+        assert torch.equal(result["same"], result["exact"])
+        error = {name: (result[name] - result["exact"]).norm() / result["exact"].norm() for name in ("bf16", "ours")}
+        assert error["ours"] < min(error["bf16"] * 1.05, 0.02)
+
+
+def test_attention_on_a_cpu_leaves_bf16(monkeypatch):
+    attention, kernels = build(64, 8).predictor.blocks[0].attn, []
+    original = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda *qkv: kernels.append(qkv[0].dtype) or original(*qkv)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(torch.randn(1, 5, 96))
+    assert kernels == [torch.float32]
+
+
+def test_attention_with_more_to_it_stays_timms_own():
+    block = Block(64, 2, qk_norm=True, norm_layer=nn.LayerNorm)
+    speed_up_attention([block, nn.Linear(2, 2)])
+    assert type(block.attn) is Attention
+
+
+def test_patches_are_the_same_for_both_layouts_of_images_in_memory():
+    encoder = vit.build(vit.Options(image_size=64, patch_size=8, **TINY))
+    pictures = images(2, 64)
+    channels_last = pictures.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as the stream brings them
+    patches = encoder.patchify(pictures)
+    assert torch.equal(encoder.patchify(channels_last), patches)
+    row, column = 3, 5
+    pixels = pictures[1, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
+    assert torch.allclose(patches[1, row * 8 + column], ((pixels - mean) / std).flatten(), atol=1e-6)
 
 
 def test_hidden_patches_do_not_leak_into_the_source():

@@ -45,7 +45,10 @@ def build(options: Options, class_token: bool = True) -> ViTEncoder:
             f"--image-size {options.image_size} --patch-size {options.patch_size}: the patch must divide the image; "
             f"try --image-size {max(1, options.image_size // max(options.patch_size, 1)) * max(options.patch_size, 1)}"
         )
+    from mefem_cli.backbones._attention import speed_up_attention
+
     vit = _create_timm_vit(options, class_token)
+    speed_up_attention(vit.blocks)
     return ViTEncoder(vit, options)
 
 
@@ -115,8 +118,8 @@ class ViTEncoder(nn.Module):
         """Cut and normalise images: uint8 [B, 3, S, S] -> float32 [B, num_patches, 3 * p * p], row-major patches."""
         side, patch = self.grid_size, self.patch_size
         blocks = images.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # [B, 3, L, p, L, p]
-        pixels = blocks.permute(0, 2, 4, 1, 3, 5).float()  # [B, L, L, 3, p, p]; moved while they are small
-        normalised = pixels.div_(255).sub_(self._mean).div_(self._std)
+        pixels = blocks.permute(0, 2, 4, 1, 3, 5).contiguous()  # [B, L, L, 3, p, p]; moved while they are small
+        normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
         return normalised.flatten(3).flatten(1, 2)
 
     def forward(self, patches: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:

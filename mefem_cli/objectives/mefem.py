@@ -291,6 +291,8 @@ class Predictor(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
+        from mefem_cli.backbones._attention import speed_up_attention
+
         width = width or encoder.embed_dim // 2
         if width % encoder.num_heads or width % 4:
             raise UsageError(
@@ -305,6 +307,7 @@ class Predictor(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(width, encoder.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         )
+        speed_up_attention(self.blocks)
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, encoder.embed_dim)
         self.apply(_init_linear)
