@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from mefem_cli import console, parts
-from mefem_cli.backbones import vit
+from mefem_cli.backbones import _initial, vit
 from mefem_cli.engine import distributed, launch, seeds
 from mefem_cli.engine.cache import make_cache
 from mefem_cli.engine.device import Device, announce, choose_device, cores
@@ -67,6 +67,7 @@ class Job:
     stream: ImageStream
     objective: nn.Module
     run: Run
+    start: _initial.Start | None = None  # what it starts from, if not from random weights
 
     @classmethod
     def prepare(cls, folders: list[Path], given: Given, product: ProductOptions) -> Job:
@@ -106,10 +107,16 @@ class Job:
         seeds.seed_initialisation(product.seed)
         encoder = vit.build(backbone_options, objective_module.wants_class_token(objective_options))
         objective = objective_module.build(objective_options, encoder, given)
+        goes_on = product.resume and Run(Path(product.out or "")).checkpoint_path.exists()  # then that has the weights
+        start = None
+        if train_options.init and not goes_on:
+            start = _initial.start(objective, Path(train_options.init))
         config = {
             "crops": [str(folder.absolute()) for folder in folders],
             "weights": weights,
             **asdict(train_options),
+            "init": str(Path(train_options.init).resolve()) if train_options.init else None,
+            "init_sha256": start.sha256 if start else recorded.get("init_sha256"),
             **asdict(objective_options),
             **_options_of_parts(given, objective_options),
             **asdict(backbone_options),
@@ -138,7 +145,9 @@ class Job:
         workers = device_options.workers or max(1, cores() // launch.place().local_size)
         cache = make_cache(train_options.cache, len(crops), backbone_options.image_size)
         stream = ImageStream(crops, backbone_options.image_size, workers, cache)
-        return cls(product, train_options, config, crops, order, monitor_rows, plan, device, stream, objective, run)
+        return cls(
+            product, train_options, config, crops, order, monitor_rows, plan, device, stream, objective, run, start
+        )
 
     def train(self) -> None:
         """Train to the end, or go on where the run stopped, and write the encoders; one process of a job writes."""
@@ -180,13 +189,19 @@ class Job:
             console.note(f"{world.size} processes, {self.plan.batch_size / world.size:g} faces of each batch for each")
         console.note(describe_plan(self))
         self.run.log(f"device {self.device}; {world.size} processes; {self.plan}")
+        for line in self.start.lines() if self.start else ():
+            console.note(line)
+            self.run.log(line)
 
     def save_encoders(self, run: Run) -> None:
         """Write the encoders and what describes them to a run folder."""
         crop_rule = {"side": "2 * max(box width, box height)", "size": self.crops.size}
         processes = distributed.world().size
         device = f"{processes} x {self.device}" if processes > 1 else str(self.device)
-        record = provenance(self.config, self.crops.inputs(), self.product.seed, device)
+        inputs = self.crops.inputs()
+        if self.config["init"]:
+            inputs[self.config["init"]] = self.config["init_sha256"]
+        record = provenance(self.config, inputs, self.product.seed, device)
         vit.save_encoder(run, self.objective.encoders(), crop_rule, record)  # type: ignore[operator]
 
 
@@ -209,7 +224,7 @@ def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], st
     longer = "epochs" in given and str(given.values["epochs"]) != str(recorded["epochs"])
     if stopped.is_finished and not longer:
         raise OutputError(f"{stopped.path}: is finished; extend it with --epochs, or type --overwrite to train anew")
-    no_options = ("crops", "weights", "inputs", "ema_planned")
+    no_options = ("crops", "weights", "inputs", "ema_planned", "init_sha256")
     kept = {name: value for name, value in recorded.items() if name not in no_options}
     if longer and recorded.get("ema_planned"):
         del kept["ema"]  # planned anew for the new length

@@ -19,6 +19,7 @@ class TrainOptions:
 
     preset: Literal["auto", "paper", "small"] = "auto"  # defaults of the rest; auto is paper from 1M faces
     objective: str = "mefem"  # what is learned: a file in objectives/
+    init: str | None = None  # start from a run, an I-JEPA checkpoint, or weights with timm's names; default: random
     epochs: int = 66  # passes over the faces; 0 writes the untrained encoder
     warmup_epochs: float = 3.0  # epochs over which the learning rate rises
     lr: float | None = None  # peak learning rate; default: planned
