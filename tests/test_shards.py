@@ -219,6 +219,21 @@ def test_old_and_odd_headers(shard):
     assert found[0] == Member("old.jpg", BLOCK, 3)
 
 
+def test_small_members_are_read_ahead_once_and_large_ones_passed_over(shard, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, begin, size, advice: asked.append((begin, size, advice)))
+    monkeypatch.setattr(shards, "READ_AHEAD", 8192)
+    monkeypatch.setattr(shards, "READ_AHEAD_BELOW", 4096)
+    path = shard(tar_of([(f"{index}", b"x" * 600) for index in range(100)]))
+    assert len(list(shards.members(path))) == 100
+    end = 100 * 3 * BLOCK
+    first = 3 * BLOCK
+    assert asked == [(begin, 8192, os.POSIX_FADV_WILLNEED) for begin in range(first, end + 4096, 8192)]
+    asked.clear()
+    assert len(list(shards.members(shard(tar_of([(f"{index}", b"x" * 4096) for index in range(20)]))))) == 20
+    assert not asked
+
+
 # Damage
 
 

@@ -38,6 +38,8 @@ RECORD = 20 * BLOCK  # tar programs end an archive at a multiple of it
 MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax header; real ones have a few hundred
 MAX_FILES_A_SAMPLE = 1024  # names with many dots can make a whole shard one sample; this bounds the memory
 INDEX_BATCH = 1 << 16  # members
+READ_AHEAD = 4 << 20  # bytes; one header at a time, a disk takes 0.15 ms for each of a million crops; ahead, 0.01 ms
+READ_AHEAD_BELOW = 1 << 18  # bytes of a member; larger ones are better passed over
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_FIELDS = 256  # of a json sidecar; each becomes a column
 MAX_FIELD_NAME = 200  # characters
@@ -187,7 +189,7 @@ NOTHING_TOLD = _Told()
 
 def _members(descriptor: int, end: int, skipped: Counter[str]) -> Iterator[Member]:
     """Walk the headers of a file of `end` bytes. Raises _Damage at the first one."""
-    at, told = 0, NOTHING_TOLD
+    at, ahead, told = 0, 0, NOTHING_TOLD
     while not _is_end(header := os.pread(descriptor, BLOCK, at)):
         _check(header, at)
         kind, size, begin = header[156:157], _number(header[124:136]), at + BLOCK
@@ -211,7 +213,16 @@ def _members(descriptor: int, end: int, skipped: Counter[str]) -> Iterator[Membe
             skipped[what] += 1
         at = begin + _padded(size)
         told = NOTHING_TOLD
+        if at + READ_AHEAD // 2 > ahead and size < READ_AHEAD_BELOW:
+            ahead = _read_ahead(descriptor, max(at, ahead))
     _check_end(descriptor, at, end)
+
+
+def _read_ahead(descriptor: int, begin: int) -> int:
+    """Have the system read what comes next while this program goes on; return where that ends."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+    return begin + READ_AHEAD
 
 
 def _is_end(header: bytes) -> bool:
