@@ -79,6 +79,14 @@ class Section(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        """Return the rest in as few pieces as there are; the default asks for 8 KiB at a time."""
+        pieces = []
+        while piece := os.pread(self._descriptor, max(0, self.size - self._position), self._start + self._position):
+            pieces.append(piece)
+            self._position += len(piece)
+        return b"".join(pieces)
+
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(0, self.size - self._position))
         found = os.pread(self._descriptor, wanted, self._start + self._position)
