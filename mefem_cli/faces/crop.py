@@ -19,7 +19,7 @@ import numpy as np
 
 from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.faces import geometry, images, phash, reading, video
-from mefem_cli.faces.detector import Detection, FaceDetector, Found
+from mefem_cli.faces.detector import Detection, FaceDetector, Found, quiet_stderr
 from mefem_cli.faces.geometry import Square
 from mefem_cli.faces.rows import CONTENT, STILL_FRAME, Row, failed_row, new_row
 from mefem_cli.faces.source import NOTHING, Given, GivenFace, Source
@@ -231,7 +231,8 @@ class Cropper:
 
     def __call__(self, sources: list[Source]) -> list[list[Row]]:
         """Return the rows of each source. Raises OutputError where a crop cannot be written."""
-        return [self.crop_source(source) for source in sources]
+        with quiet_stderr():  # now and then MediaPipe prints there how some memory is aligned
+            return [self.crop_source(source) for source in sources]
 
     def close(self) -> None:
         """Free the detector."""
