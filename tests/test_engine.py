@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +22,15 @@ from safetensors.torch import load_file
 from synthetic import write_crops
 from torch import nn
 
-from mefem_cli.engine import checkpoint, monitors, seeds
+from mefem_cli.backbones import vit
+from mefem_cli.engine import checkpoint, fit, monitors, seeds, tune
 from mefem_cli.engine.device import Device, choose_device
 from mefem_cli.engine.fit import Trainer
 from mefem_cli.engine.plan import TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream, decode
-from mefem_cli.errors import Diverged, NoInputError, OutputError, UsageError
+from mefem_cli.errors import Diverged, NoInputError, OutOfMemory, OutputError, Stopped, UsageError
+from mefem_cli.objectives import mefem
+from mefem_cli.parts import Given
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.runs import Run
 
@@ -211,6 +219,383 @@ def test_one_non_finite_step_changes_neither_weights_nor_moments(crops_folder, t
     toy.poison_step = -1
     trainer._train_step(batch)
     assert not all(torch.equal(before[name], value) for name, value in toy.state_dict().items())
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+def tiny_mefem(**options) -> mefem.MeFEm:
+    """A ViT of one block and 24 features on an 8 x 8 grid; the same weights at every call."""
+    seeds.seed_initialisation(0)
+    backbone = vit.Options("vit_tiny_patch16_224", image_size=32, patch_size=4, depth=1, embed_dim=24, num_heads=3)
+    chosen = mefem.Options(predictor_depth=1, ema="0.9:1", **options)
+    return mefem.build(chosen, vit.build(backbone), Given({}))
+
+
+def mefem_trainer(crops_folder: Path, run: Path, epochs: int = 2, batch: str = "40", **options) -> Trainer:
+    crops = Crops.open(crops_folder)
+    rows = np.arange(len(crops) - 20)
+    chosen = {name: options.pop(name) for name in ("accumulate",) if name in options}
+    plan = make_plan(TrainOptions(epochs=epochs, **chosen), len(rows), batch)
+    return Trainer(tiny_mefem(), ImageStream(crops, 32, 2), rows, plan, CPU, Run.create(run, {}), seed=0, **options)
+
+
+SYNCS = ("item", "cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero")
+
+
+def test_nothing_in_a_step_waits_for_the_device(crops_folder, tmp_path, monkeypatch):
+    """Every way in which Python asks a tensor for its value is closed during the step."""
+    trainer = mefem_trainer(crops_folder, tmp_path / "run", accumulate=2)
+    batch = next(trainer.stream.batches([np.arange(40)], CPU.torch))
+    trainer.meter.add(trainer._train_step(batch)[0])  # whatever is made once
+    with monkeypatch.context() as closed:
+        for name in SYNCS:
+            closed.setattr(torch.Tensor, name, functools.partialmethod(_refuse, name))
+        with pytest.raises(AssertionError, match="item"):
+            torch.ones(1).item()
+        losses, _ = trainer._train_step(batch)
+        trainer.meter.add(losses)
+    assert trainer.meter.sums["loss"].item() > 0
+
+
+def _refuse(tensor: torch.Tensor, name: str, *arguments) -> None:
+    raise AssertionError(f"Tensor.{name} waits for the device")
+
+
+def test_attention_is_fused_and_the_optimiser_too(crops_folder, tmp_path):
+    trainer = mefem_trainer(crops_folder, tmp_path / "run")
+    attention = [module for module in trainer.objective.modules() if hasattr(module, "fused_attn")]
+    assert len(attention) == 3  # two encoders and the predictor, a block each
+    assert all(module.fused_attn for module in attention)
+    assert trainer.optimizer.defaults["fused"]
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(crops_folder, tmp_path):
+    """Bit for bit; and the backward pass holds the inputs of blocks only."""
+    results = []
+    for recompute in (False, True):
+        trainer = mefem_trainer(crops_folder, tmp_path / str(recompute), activation_checkpointing=recompute)
+        batch = next(trainer.stream.batches([np.arange(40)], CPU.torch))
+        draws = trainer.objective.draw(40, seeds.torch_generator(0, seeds.MASKS, 0))
+        held = numbers_held(functools.partial(trainer._backward, batch.images, draws))
+        gradients = {name: one.grad for name, one in trainer.objective.named_parameters() if one.grad is not None}
+        results.append((gradients, held, trainer.objective.state_dict().keys()))
+    (plain, held, names), (recomputed, held_recomputed, same_names) = results
+    assert plain.keys() == recomputed.keys() and names == same_names
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+    assert held_recomputed < 0.5 * held
+
+
+def numbers_held(function: Callable[[], object]) -> int:
+    """Return how many numbers a forward pass keeps for its backward pass."""
+    held: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: held.append(one.numel()) or one, lambda one: one):
+        function()
+    return sum(held)
+
+
+def test_recomputing_what_has_no_blocks_is_told(crops_folder, tmp_path, capsys):
+    crops = Crops.open(crops_folder)
+    plan = make_plan(TrainOptions(epochs=1), len(crops), "40")
+    run = Run.create(tmp_path / "run", {})
+    Trainer(Toy(), ImageStream(crops, 64), np.arange(240), plan, CPU, run, 0, activation_checkpointing=True)
+    assert "--activation-checkpointing has no effect" in capsys.readouterr().err
+
+
+def test_a_compiled_run_is_the_run_with_the_same_names_and_is_compiled_once(crops_folder, tmp_path, monkeypatch):
+    """With the compiler's tracing but not its code generation, which takes a minute; one graph, never a second one."""
+    compiled = torch.compiler
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(tune, "compile_objective", functools.partial(tune.compile_objective, backend=backend))
+    compiled.reset()
+    runs = {}
+    for mode in ("off", "on"):
+        trainer = mefem_trainer(crops_folder, tmp_path / mode, compile=mode, accumulate=2)
+        trainer.fit(np.arange(220, 240), 1e9, resume=False)
+        runs[mode] = (trainer.objective.state_dict(), comparable(tmp_path / mode))
+    assert len(graphs) == 1
+    assert runs["on"][0].keys() == runs["off"][0].keys()
+    for name, value in runs["off"][0].items():
+        torch.testing.assert_close(runs["on"][0][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    ours, theirs = ([row["loss"] for row in runs[mode][1][1:]] for mode in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    compiled.reset()
+
+
+def test_a_compiler_that_fails_is_told_and_left_alone_unless_it_was_asked_for(
+    crops_folder, tmp_path, monkeypatch, capsys
+):
+    def backend(graph, inputs):
+        raise RuntimeError("no C compiler here")
+
+    monkeypatch.setattr(tune, "compile_objective", functools.partial(tune.compile_objective, backend=backend))
+    monkeypatch.setattr(tune, "wants_compile", lambda *arguments: True)
+    torch.compiler.reset()
+    trainer = mefem_trainer(crops_folder, tmp_path / "auto", epochs=1, compile="auto")
+    trainer.fit(np.arange(0), 1e9, resume=False)
+    assert trainer.step == 5
+    assert "torch.compile fails here" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="type --compile off"):
+        mefem_trainer(crops_folder, tmp_path / "on", epochs=1, compile="on").fit(np.arange(0), 1e9, resume=False)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "steps", "compiled"),
+    [
+        ("auto", "cpu", 10**6, False),
+        ("auto", "cuda", 10**6, True),
+        ("auto", "cuda", 100, False),
+        ("on", "cpu", 1, True),
+        ("off", "cuda", 10**6, False),
+    ],
+)
+def test_what_is_compiled_by_itself(asked, device, steps, compiled):
+    assert tune.wants_compile(asked, Device(torch.device(device), torch.float32, ""), steps) is compiled
+
+
+class Greedy(Toy):
+    """Runs out of memory with more than `fits` faces at a time."""
+
+    def __init__(self, fits: int):
+        super().__init__()
+        self.fits, self.tried = fits, []
+
+    def forward(self, images, draws):
+        self.tried.append(len(images))
+        if len(images) > self.fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(images, draws)
+
+
+def test_out_of_memory_cuts_the_batch_until_it_fits_and_changes_nothing_else(crops_folder, tmp_path, capsys):
+    losses = []
+    for fits in (40, 7):
+        torch.manual_seed(0)
+        toy = Greedy(fits)
+        rows = train_toy(toy, tmp_path / str(fits), crops_folder, epochs=1)
+        losses.append([row["loss"] for row in rows if row["kind"] == "step"])
+    assert toy.tried[:4] == [40, 20, 10, 5]
+    assert set(toy.tried[3:]) == {5}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "out of memory with 10 faces at a time: going on with 5" in capsys.readouterr().err
+    assert "going on with 5" in (tmp_path / "7" / "run.log").read_text()
+    with pytest.raises(OutOfMemory, match="--backbone"):
+        train_toy(Greedy(0), tmp_path / "none", crops_folder)
+
+
+def test_the_trial_before_a_run_on_a_gpu_finds_what_fits_and_leaves_no_trace(crops_folder, tmp_path):
+    """As on a GPU: before the first step, on blank faces, with the optimiser's memory taken."""
+    torch.manual_seed(0)
+    toy = Greedy(12)
+    crops = Crops.open(crops_folder)
+    plan = make_plan(TrainOptions(epochs=1), len(crops), "40")
+    trainer = Trainer(toy, ImageStream(crops, 64), np.arange(240), plan, CPU, Run.create(tmp_path / "run", {}), seed=0)
+    before = {name: value.clone() for name, value in toy.state_dict().items()}
+    while not trainer._try_micro_batch():
+        pass
+    assert toy.tried == [40, 20, 10]
+    assert trainer.accumulate == 4
+    assert all(torch.equal(value, before[name]) for name, value in toy.state_dict().items())
+    moments = trainer.optimizer.state_dict()["state"].values()
+    assert len(moments) == 4 and all(not one["exp_avg"].any() and one["step"] == 0 for one in moments)
+    assert all(parameter.grad is None for parameter in toy.parameters())
+
+
+# Resume ---------------------------------------------------------------------------------------------------------------
+
+
+class SignalAfter(Toy):
+    """Sends this process a signal in a step."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM):
+        super().__init__()
+        self.step, self.number = step, number
+
+    def after_step(self, step, total_steps):
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+        return super().after_step(step, total_steps)
+
+
+def toy_trainer(toy: Toy, folder: Path, crops_folder: Path, epochs: int = 3) -> Trainer:
+    crops = Crops.open(crops_folder)
+    plan = make_plan(TrainOptions(epochs=epochs, lr=0.05), 48, "4")
+    return Trainer(toy, ImageStream(crops, 64, 3), np.arange(48), plan, CPU, Run.create(folder, {}), seed=0)
+
+
+def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(crops_folder, tmp_path, monkeypatch):
+    """At each of 36 steps, among them both sides of log lines and epochs; with three decoding threads."""
+    monkeypatch.setattr(fit, "LOG_EVERY_STEPS", 5)
+    torch.manual_seed(0)
+    start = Toy().state_dict()
+
+    def run(name: str, toy: Toy, resume: bool = False) -> Trainer:
+        toy.load_state_dict(start)
+        trainer = toy_trainer(toy, tmp_path / name, crops_folder)
+        trainer.fit(np.arange(48, 80), 1e9, resume)
+        return trainer
+
+    whole = run("whole", Toy())
+    assert whole.step == 36
+    for step in range(36):
+        with pytest.raises(Stopped, match="--resume"):
+            run(f"at{step}", SignalAfter(step))
+        assert checkpoint.load(tmp_path / f"at{step}" / "last.ckpt")["step"] == step + 1
+        resumed = run(f"at{step}", Toy(), resume=True)
+        assert comparable(tmp_path / f"at{step}") == comparable(tmp_path / "whole"), step
+        for name, value in whole.objective.state_dict().items():
+            assert torch.equal(value, resumed.objective.state_dict()[name]), (step, name)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_other_signals_stop_with_a_checkpoint_too(crops_folder, tmp_path, number, error):
+    with pytest.raises(error):
+        toy_trainer(SignalAfter(7, number), tmp_path / "run", crops_folder).fit(np.arange(0), 1e9, resume=False)
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt")["step"] == 8
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+
+
+class Photograph(fit.Observer):
+    """Copies the run folder while training goes on: what a power cut would leave."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.pictures = folder, []
+
+    def see(self, trainer, row):
+        picture = self.folder / f"{row['kind']}{row['step']}"
+        shutil.copytree(trainer.run.path, picture, ignore=shutil.ignore_patterns("*.tmp"))
+        self.pictures.append(picture)
+
+
+def test_what_a_crash_leaves_at_any_time_goes_on_to_the_same_end(crops_folder, tmp_path, monkeypatch):
+    """The log is ahead of the checkpoint, which a thread writes; the resumed run drops those lines and repeats them."""
+    monkeypatch.setattr(fit, "LOG_EVERY_STEPS", 5)
+    torch.manual_seed(0)
+    start = Toy().state_dict()
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: time.sleep(0.01) or save(*arguments))
+
+    def run(folder: Path, resume: bool, observers: list[fit.Observer]) -> list[dict]:
+        toy = Toy()
+        toy.load_state_dict(start)
+        toy_trainer(toy, folder, crops_folder).fit(np.arange(48, 80), 0, resume, observers)
+        return comparable(folder)
+
+    photograph = Photograph(tmp_path)
+    whole = run(tmp_path / "whole", False, [photograph])
+    assert len(photograph.pictures) == 14
+    ahead = 0
+    for picture in photograph.pictures:
+        resume = (picture / "last.ckpt").exists()
+        if resume:
+            ahead += comparable(picture)[-1]["step"] > checkpoint.load(picture / "last.ckpt")["step"]
+        assert run(picture, resume, []) == whole or not resume
+    assert ahead > 5
+
+
+def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(tmp_path, monkeypatch):
+    written: list[int] = []
+    may_write = threading.Event()
+
+    def slow_save(path: Path, state: dict) -> None:
+        assert may_write.wait(30)
+        written.append(state["value"].item())
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    value = torch.tensor(1)
+    with checkpoint.Writer(tmp_path / "last.ckpt") as writer:
+        writer.save({"value": value})
+        value += 1  # training goes on; the copy does not change
+        assert written == []
+        threading.Timer(0.05, may_write.set).start()
+        writer.save({"value": value})  # waits for the first
+        assert written[0] == 1
+    assert written == [1, 2]
+
+
+def test_an_error_of_the_writing_thread_rises_at_the_next_save_and_at_the_end(tmp_path):
+    for end in ("save", "end"):
+        (tmp_path / end).write_text("a file where the folder should be")
+        with (
+            pytest.raises(OutputError, match="cannot be written"),
+            checkpoint.Writer(tmp_path / end / "last.ckpt") as writer,
+        ):
+            writer.save({})
+            if end == "save":
+                writer.save({})
+                pytest.fail("the first error should have risen")
+    with pytest.raises(KeyError), checkpoint.Writer(tmp_path / "end" / "last.ckpt") as writer:
+        writer.save({})
+        raise KeyError  # what ended the run is the news, not the checkpoint
+
+
+def test_a_kill_during_the_write_leaves_the_earlier_checkpoint(tmp_path):
+    """The process dies in the middle of writing a checkpoint; the next save removes what it left."""
+    code = """
+import os, sys, torch
+from pathlib import Path
+from mefem_cli.engine import checkpoint
+path = Path(sys.argv[1])
+checkpoint.save(path, {"step": 1})
+write = torch.save
+def die(state, file, *rest):
+    write(state, file)
+    os.kill(os.getpid(), 9)
+torch.save = die
+checkpoint.save(path, {"step": 2, "weights": torch.zeros(1000)})
+"""
+    path = tmp_path / "last.ckpt"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert checkpoint.load(path)["step"] == 1
+    assert len(list(tmp_path.iterdir())) == 2
+    with checkpoint.Writer(path) as writer:
+        writer.save({"step": 3})
+    assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
+    assert checkpoint.load(path)["step"] == 3
+
+
+def test_a_longer_run_goes_on_and_says_what_became_of_the_schedules(crops_folder, tmp_path, capsys):
+    toy_trainer(Toy(), tmp_path / "run", crops_folder, epochs=2).fit(np.arange(0), 1e9, resume=False)
+    longer = toy_trainer(Toy(), tmp_path / "run", crops_folder, epochs=5)
+    longer.fit(np.arange(0), 1e9, resume=True)
+    assert longer.step == 60
+    said = capsys.readouterr().err
+    assert "planned anew for 60 steps; at step 24: lr 1e-06 -> " in said
+    rate = float(re.search(r"lr 1e-06 -> ([\d.e-]+)", said)[1])
+    assert rate == pytest.approx(longer.plan.learning_rate(24), rel=1e-3)
+    assert "tau 0.9583 -> 0.4" in said  # the objective's own schedule: 23/24, then 24/60
+    assert [row["step"] for row in longer.run.metrics() if row["kind"] == "epoch"] == [0, 12, 24, 36, 48, 60]
+    with pytest.raises(OutputError, match="--epochs 1; type a larger number"):
+        toy_trainer(Toy(), tmp_path / "run", crops_folder, epochs=1).fit(np.arange(0), 1e9, resume=True)
+
+
+def test_an_observer_adds_to_epoch_rows_and_ends_the_run_after_a_checkpoint(crops_folder, tmp_path):
+    class Doubter(fit.Observer):
+        seen = []
+
+        def measure(self, trainer, row):
+            return {"doubt": row["epoch"] + 0.5}
+
+        def see(self, trainer, row):
+            self.seen.append((row["kind"], row["step"]))
+            if row["kind"] == "epoch" and row["epoch"] == 2:
+                raise Diverged("enough")
+
+    trainer = toy_trainer(Toy(), tmp_path / "run", crops_folder)
+    with pytest.raises(Diverged, match="enough"):
+        trainer.fit(np.arange(0), 1e9, False, [Doubter()])
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt")["step"] == 24
+    assert [row["doubt"] for row in trainer.run.metrics() if row["kind"] == "epoch"] == [0.5, 1.5, 2.5]
+    assert Doubter.seen == [(row["kind"], row["step"]) for row in trainer.run.metrics()]
+
+
+# Order, seeds, monitors -----------------------------------------------------------------------------------------------
 
 
 def test_the_order_depends_on_seed_and_epoch_only(crops_folder, tmp_path):
