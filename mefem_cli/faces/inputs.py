@@ -106,7 +106,7 @@ class _Finder:
             yield from self._walk(path, name)
             return
         start = _beginning(path) if status is not None and stat.S_ISREG(status.st_mode) else b""
-        if shards.is_tar(start) or (status is not None and path.lower().endswith(SHARD_SUFFIX)):
+        if start and _is_shard(path, start):
             yield from self._shard(path, name)
         elif start and _is_table(path, start):
             if not self._is_label_table(path):
@@ -216,18 +216,22 @@ class _Finder:
         if status is None:
             yield self._source(name, path, status)
             return
-        with open(path, "rb") as file:
-            try:
+        try:
+            with open(path, "rb") as file:
                 for sample in shards.samples(path, self.listing.skipped):
                     labels = {**self._sidecars.of_sample(path, sample.key), **self._labels(sample, file.fileno())}
                     for member in _media(sample):
-                        problem = shards.unsafe_name(member.name)
-                        given = self._given(f"{path}/{member.name}", labels)
-                        where: dict[str, Any] = {"member": member.name, "offset": member.offset, "given": given}
-                        inside = f"{name}/{member.name}"
-                        yield Source(inside, path, member.size, status.st_mtime_ns, problem, **where)
-            except shards.DamagedShard as error:
-                yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"damaged tar shard: {error.detail}")
+                        yield self._member(path, name, member, labels, status.st_mtime_ns)
+        except (shards.DamagedShard, OSError) as error:
+            why = error.detail if isinstance(error, shards.DamagedShard) else error.strerror
+            yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"damaged tar shard: {why}")
+
+    def _member(self, path: str, name: str, member: shards.Member, labels: dict[str, Label], mtime: int) -> Source:
+        problem = shards.unsafe_name(member.name)
+        given = self._given(f"{path}/{member.name}", labels)
+        inside = member.name if problem else os.path.normpath(member.name)
+        where: dict[str, Any] = {"member": member.name, "offset": member.offset, "given": given}
+        return Source(f"{name}/{inside}", path, member.size, mtime, problem, **where)
 
     def _labels(self, sample: shards.Sample, descriptor: int) -> dict[str, Label]:
         labels, remark = shards.sample_labels(sample, descriptor)
@@ -301,6 +305,13 @@ def _beginning(path: str) -> bytes:
             return file.read(BEGINNING)
     except OSError:
         return b""
+
+
+def _is_shard(path: str, start: bytes) -> bool:
+    """Whether a named file is a tar shard, or is called one: what it is instead will be its reject."""
+    if path.lower().endswith((SHARD_SUFFIX, ".tgz")) or f"{SHARD_SUFFIX}." in os.path.basename(path).lower():
+        return True
+    return shards.is_tar(start) and start.strip(b"\0") != b""
 
 
 def _is_table(path: str, start: bytes) -> bool:
