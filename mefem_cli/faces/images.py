@@ -61,6 +61,11 @@ WITHOUT_HEIF = 'HEIC needs one more package; type: pip install "mefem-cli[heif]"
 Format = Literal["jpeg", "png", "webp"]
 SUFFIXES: dict[Format, str] = {"jpeg": ".jpg", "png": ".png", "webp": ".webp"}
 LOSSLESS = 100  # the WebP quality from which pixels are kept as they are
+# How hard the encoders try: half the time of Pillow's defaults or less, for 1 % (WebP), 3 % (PNG) and 6 % (lossless
+# WebP) more bytes: 2.7, 6.4 and 7.5 ms a crop of 224 px; JPEG takes 0.2.
+PNG_EFFORT = {"compress_level": 4}
+WEBP_EFFORT = {"method": 2}
+LOSSLESS_EFFORT = {"method": 1, "quality": 20}  # of lossless WebP, "quality" is no quality but an effort, too
 
 
 class ImageRejected(Exception):
@@ -107,8 +112,7 @@ def decode(content: bytes, max_pixels: int) -> Picture:
     (1, 2, 3)
     """
     picture = open_picture(content, max_pixels)
-    assert picture.pixels.ndim == 3
-    return picture
+    return Picture.of(picture.pixels, picture.remark)
 
 
 def open_picture(content: bytes, max_pixels: int) -> Picture:
@@ -240,11 +244,11 @@ def encode(pixels: np.ndarray, format: Format, quality: int) -> bytes:
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     if format == "png":
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", **PNG_EFFORT)
     elif quality >= LOSSLESS:
-        image.save(buffer, "WEBP", lossless=True)
+        image.save(buffer, "WEBP", lossless=True, **LOSSLESS_EFFORT)
     else:
-        image.save(buffer, "WEBP", quality=quality)
+        image.save(buffer, "WEBP", quality=quality, **WEBP_EFFORT)
     return buffer.getvalue()
 
 
