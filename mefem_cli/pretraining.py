@@ -13,16 +13,21 @@ from torch import nn
 from mefem_cli import console, parts
 from mefem_cli.backbones import _initial, vit
 from mefem_cli.engine import distributed, launch, seeds
+from mefem_cli.engine.alarm import Alarm
 from mefem_cli.engine.cache import make_cache
 from mefem_cli.engine.device import Device, announce, choose_device, cores
 from mefem_cli.engine.distributed import World
 from mefem_cli.engine.fit import Observer, Trainer
-from mefem_cli.engine.monitors import split_monitor_faces
+from mefem_cli.engine.monitors import as_groups, split_monitor_faces
 from mefem_cli.engine.order import FaceOrder, split_weights
 from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
+from mefem_cli.engine.resources import Resources
 from mefem_cli.engine.stream import ImageStream
+from mefem_cli.engine.track import TensorBoard, refuse_missing
+from mefem_cli.engine.watch import Probe, Watch, names_to_watch, plan_probes
 from mefem_cli.errors import OutputError
 from mefem_cli.parts import Given
+from mefem_cli.reports import health
 from mefem_cli.stores import runs
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.product import ProductOptions, difference, provenance, refuse_existing
@@ -38,6 +43,9 @@ FREE_ON_RESUME = frozenset(
         "device",
         "epochs",
         "checkpoint_every",
+        "watch",
+        "stop_on_collapse",
+        "track",
         "gpus",
         "print_sbatch",
         "out",
@@ -66,6 +74,7 @@ class Job:
     device: Device
     stream: ImageStream
     objective: nn.Module
+    probes: list[Probe]  # of --watch
     run: Run
     start: _initial.Start | None = None  # what it starts from, if not from random weights
 
@@ -145,8 +154,22 @@ class Job:
         workers = device_options.workers or max(1, cores() // launch.place().local_size)
         cache = make_cache(train_options.cache, len(crops), backbone_options.image_size)
         stream = ImageStream(crops, backbone_options.image_size, workers, cache)
+        refuse_missing(train_options.track)
+        probes = _probes(train_options.watch, crops, product.seed)
         return cls(
-            product, train_options, config, crops, order, monitor_rows, plan, device, stream, objective, run, start
+            product,
+            train_options,
+            config,
+            crops,
+            order,
+            monitor_rows,
+            plan,
+            device,
+            stream,
+            objective,
+            probes,
+            run,
+            start,
         )
 
     def train(self) -> None:
@@ -166,10 +189,19 @@ class Job:
             self.train_options.compile,
             self.train_options.activation_checkpointing,
         )
-        observers = [KeepEncoders(self)] if self.train_options.keep else []
-        trainer.fit(self.monitor_rows, self.train_options.checkpoint_every, resume, observers)
+        about, tracker = health.describe(self), TensorBoard(self.run.path)
+        observers = self._observers(about, tracker, resume)
+        try:
+            trainer.fit(self.monitor_rows, self.train_options.checkpoint_every, resume, observers)
+        except BaseException as error:
+            if world.is_first:
+                health.write_end(self.run, about, error)
+            raise
+        finally:
+            tracker.close()
         if world.is_first:
             self.save_encoders(self.run)
+            health.write(self.run, about, "it is finished")
             if self.stream.corrupt:
                 console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
                 self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
@@ -192,6 +224,18 @@ class Job:
         for line in self.start.lines() if self.start else ():
             console.note(line)
             self.run.log(line)
+
+    def _observers(self, about: health.About, tracker: TensorBoard, resume: bool) -> list[Observer]:
+        """Return what looks at the run; the alarm comes last, as it may end it."""
+        options = self.train_options
+        observers: list[Observer] = [Resources(), Watch(self.probes)]
+        if options.keep:
+            observers.append(KeepEncoders(self))
+        if options.track == "tensorboard":
+            observers.append(tracker)
+        earlier = list(self.run.metrics()) if resume else []
+        alarm = Alarm(self.config, self.plan.warmup_steps, options.stop_on_collapse, earlier)
+        return [*observers, health.Reporter(about), alarm]
 
     def save_encoders(self, run: Run) -> None:
         """Write the encoders and what describes them to a run folder."""
@@ -246,6 +290,12 @@ def _subjects(crops: Crops) -> np.ndarray | None:
 def _weights(crops: Crops, weights: list[float], rows: np.ndarray) -> np.ndarray | None:
     """Return the weight of each row, None where all are 1."""
     return None if set(weights) == {1.0} else np.array(weights)[crops.part_of[rows]]
+
+
+def _probes(watch: list[str], crops: Crops, seed: int) -> list[Probe]:
+    names = names_to_watch(watch)
+    groups = as_groups(len(crops), _subjects(crops)) if names else np.zeros(0, int)
+    return plan_probes(names, crops.labels, groups, seed)
 
 
 def _new_run_path(config: dict[str, Any]) -> Path:

@@ -69,9 +69,7 @@ def _print_plan(job: Any) -> None:
 
 def _finish(job: Any, seconds: float) -> None:
     from mefem_cli import console
-    from mefem_cli.reports import training
 
-    training.write_report(job.run)
     job.run.become_latest()
     corrupt = {"unreadable": len(job.stream.corrupt)} if job.stream.corrupt else {}
     console.product(job.run.path, seconds, crops=len(job.crops), rejects=corrupt, steps=job.plan.total_steps)

@@ -43,7 +43,7 @@ def split_monitor_faces(
     or `subjects` is None) is its own; subjects with more faces than are left to set aside are passed over.
     """
     quota = min(wanted, int(num_faces * MAX_SHARE))
-    groups = _as_groups(num_faces, subjects)
+    groups = as_groups(num_faces, subjects)
     chosen = np.zeros(num_faces, dtype=bool)
     if quota >= MIN_FACES:
         sizes = np.bincount(groups)
@@ -61,7 +61,7 @@ def split_monitor_faces(
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def _as_groups(num_faces: int, subjects: np.ndarray | None) -> np.ndarray:
+def as_groups(num_faces: int, subjects: np.ndarray | None) -> np.ndarray:
     """Return the number of each face's group, int64 [num_faces]; faces without a subject share theirs with nobody."""
     if subjects is None:
         return np.arange(num_faces)

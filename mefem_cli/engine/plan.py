@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mefem_cli.engine import schedules
@@ -29,6 +29,9 @@ class TrainOptions:
     )
     accumulate: int = 1  # cut each process's part of a batch into N micro-batches to save memory; same results
     monitor: int = 1024  # faces set aside to watch the encoder, whole subjects, at most 5 %
+    watch: list[str] = field(default_factory=list)  # labels that quick probes read after each epoch: a,b or repeated
+    stop_on_collapse: bool = False  # end the run with a checkpoint and exit code 6 when the collapse alarm sounds
+    track: Literal["none", "tensorboard"] = "none"  # also write the measures for TensorBoard, into the run folder
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: every step
     keep: int = 0  # encoders to keep on the way besides the last, at epochs evenly spread, in epochs/
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU in runs of 2,000 steps or more

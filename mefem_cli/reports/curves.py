@@ -1,0 +1,145 @@
+"""Curves as SVG that takes its colours from the page around it, light or dark; drawn by matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+INK, GRID = "#1d2330", "#dcdce2"
+COLOURS = ("#2a6fdb", "#d9622b", "#1f9d6b", "#8a5cd6")
+# matplotlib writes the colours on the left; a page may set the variables, and a lone SVG file uses what stands beside.
+THEMED = {INK: "ink", GRID: "line", **{colour: f"curve-{number}" for number, colour in enumerate(COLOURS, start=1)}}
+MAX_POINTS = 400
+SIZE = (5.0, 2.7)  # inches
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mefem",  # the same curves give the same bytes
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line; values that are None or not finite leave a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    colour: int = 0  # which of the COLOURS
+    faint: bool = False  # in the background
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small figure: its name, how to read it in one sentence, and its curves."""
+
+    name: str
+    title: str
+    reading: str
+    curves: list[Curve]
+    xlabel: str = "epoch"
+    log: bool = False
+    mark: float | None = None  # a horizontal line
+    right: list[Curve] = field(default_factory=list)  # on an axis of their own
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(_is_number(value) for curve in [*self.curves, *self.right] for value in curve.y)
+
+
+def draw(panel: Panel) -> str:
+    """Return a panel as an `<svg>` element without fixed colours."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axis = figure.add_subplot()
+        _draw_curves(axis, panel.curves)
+        if panel.log:
+            _use_log_scale(axis)
+        if panel.mark is not None:
+            axis.axhline(panel.mark, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        if panel.right:
+            other = axis.twinx()
+            other.grid(False)
+            _draw_curves(other, panel.right)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axis.set_xlabel(panel.xlabel)
+        labelled = sum(bool(curve.label) for curve in [*panel.curves, *panel.right])
+        if labelled:
+            figure.legend(loc="outside upper left", ncols=3 if labelled == 3 else 2)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in THEMED.items():
+        svg = svg.replace(colour, f"var(--{variable}, {colour})")
+    return svg
+
+
+def _use_log_scale(axis: Any) -> None:
+    """Use a logarithmic scale with plain numbers, some between the powers of ten where there are few of these."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log", nonpositive="mask")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_curves(axis: Any, curves: Sequence[Curve]) -> None:
+    for curve in curves:
+        if not any(_is_number(y) for y in curve.y):
+            continue
+        points = [(x, math.nan if y is None else y) for x, y in zip(curve.x, curve.y, strict=True)]
+        xs, ys = zip(*_thinned(points), strict=True)
+        axis.plot(
+            xs,
+            ys,
+            color=COLOURS[curve.colour],
+            linewidth=1.0 if curve.faint else 1.6,
+            alpha=0.45 if curve.faint else 1,
+            linestyle="--" if curve.dashed else "-",
+            marker="o" if sum(_is_number(y) for y in ys) == 1 else "",
+            markersize=4,
+            label=curve.label or None,
+        )
+
+
+def _thinned(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """Return at most MAX_POINTS points: means of neighbours that are as many as it takes."""
+    width = math.ceil(len(points) / MAX_POINTS)
+    if width < 2:
+        return points
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(x for x, _ in group) / len(group), _mean([y for _, y in group])) for group in groups]
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if _is_number(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
