@@ -31,6 +31,7 @@ from mefem_cli.engine.stream import ImageStream, decode
 from mefem_cli.errors import Diverged, NoInputError, OutOfMemory, OutputError, Stopped, UsageError
 from mefem_cli.objectives import mefem
 from mefem_cli.parts import Given
+from mefem_cli.pretraining import Job
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.runs import Run
 
@@ -119,12 +120,10 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(crops_folder, tmp_pat
     for one, other in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
-    changed = pretrain("--resume", "-o", "whole", "--epochs", "9", "--lr", "0.5", cwd=tmp_path)
-    assert changed.returncode == 4
-    assert "lr was" in changed.err
-    again = pretrain(*options, "-o", "whole", cwd=tmp_path)
-    assert again.returncode == 4
-    assert "--overwrite" in again.err
+    with pytest.raises(OutputError, match="lr was"):
+        train_job([], out=str(tmp_path / "whole"), resume="true", epochs="9", lr="0.5")
+    with pytest.raises(OutputError, match="--overwrite"):
+        train_job([crops_folder], out=str(tmp_path / "whole"))
 
 
 class Toy(nn.Module):
@@ -573,6 +572,61 @@ def test_a_longer_run_goes_on_and_says_what_became_of_the_schedules(crops_folder
     assert [row["step"] for row in longer.run.metrics() if row["kind"] == "epoch"] == [0, 12, 24, 36, 48, 60]
     with pytest.raises(OutputError, match="--epochs 1; type a larger number"):
         toy_trainer(Toy(), tmp_path / "run", crops_folder, epochs=1).fit(np.arange(0), 1e9, resume=True)
+
+
+JOB = {
+    "backbone": "vit_tiny_patch16_224",
+    "depth": "1",
+    "embed_dim": "24",
+    "num_heads": "3",
+    "image_size": "32",
+    "patch_size": "4",
+    "predictor_depth": "1",
+    "batch_size": "57",
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def train_job(folders: list[Path], **options: str) -> Job:
+    given = Given({**({} if "resume" in options else JOB), **options})
+    job = Job.prepare(folders, given, given.build("stores.product", "ProductOptions"))
+    job.train()
+    return job
+
+
+def test_encoders_are_kept_on_the_way_and_can_be_used(crops_folder, tmp_path):
+    job = train_job([crops_folder], out=str(tmp_path / "run"), epochs="7", keep="3")
+    kept = sorted((tmp_path / "run" / "epochs").iterdir())
+    assert [folder.name for folder in kept] == ["0002", "0004", "0005"]
+    encoder, description, _ = vit.load_encoder(kept[0])
+    last, _, _ = vit.load_encoder(tmp_path / "run")
+    assert description["embed_dim"] == 24
+    assert not torch.equal(encoder.vit.blocks[0].attn.qkv.weight, last.vit.blocks[0].attn.qkv.weight)
+    assert torch.equal(last.vit.norm.weight, job.objective.target_encoder.vit.norm.weight)
+
+
+def test_an_extended_run_that_is_stopped_goes_on_like_any_other(crops_folder, tmp_path, monkeypatch):
+    """It is unfinished until it is as long as was asked for, though an encoder of its shorter self was there."""
+    run = tmp_path / "run"
+    train_job([crops_folder], out=str(run), epochs="2")
+    assert Run(run).is_finished
+    with pytest.raises(OutputError, match="is finished; extend it with --epochs"):
+        train_job([], out=str(run), resume="true")
+    after_step = mefem.MeFEm.after_step
+
+    def stop_at_step_10(objective, step, total_steps):
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_step(objective, step, total_steps)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(mefem.MeFEm, "after_step", stop_at_step_10)
+        train_job([], out=str(run), resume="true", epochs="4")
+    assert not Run(run).is_finished
+    job = train_job([], out=str(run), resume="true")
+    assert Run(run).is_finished
+    assert (job.plan.epochs, list(job.run.metrics())[-1]["step"]) == (4, 16)
 
 
 def test_an_observer_adds_to_epoch_rows_and_ends_the_run_after_a_checkpoint(crops_folder, tmp_path):

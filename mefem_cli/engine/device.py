@@ -45,7 +45,10 @@ class Device:
     def put(self, tree: Any) -> Any:
         """Return the tensors of a tree on this device; copies to a GPU start from pinned memory, so nobody waits."""
         return map_tensors(
-            tree, lambda one: (one.pin_memory() if self.is_cuda else one).to(self.torch, non_blocking=True)
+            tree,
+            lambda one: (one.pin_memory() if self.is_cuda and not one.is_cuda else one).to(
+                self.torch, non_blocking=True
+            ),
         )
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from mefem_cli.engine.order import FaceOrder
 from mefem_cli.engine.plan import Plan
 from mefem_cli.engine.stop import Stop, stop_signals
 from mefem_cli.engine.stream import Batch, ImageStream
-from mefem_cli.errors import Diverged, MefemError, OutOfMemory, OutputError, UsageError
+from mefem_cli.errors import Diverged, OutOfMemory, OutputError, UsageError
 from mefem_cli.stores.runs import Run
 
 LOG_EVERY_STEPS = 10
@@ -55,7 +55,7 @@ class Observer:
         return {}
 
     def see(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """Take note of a row that was just written. A MefemError at an epoch row ends the run after a checkpoint."""
+        """Take note of a row that was just written. Diverged at an epoch row ends the run after a checkpoint."""
 
 
 class Trainer:
@@ -107,19 +107,19 @@ class Trainer:
         Raises Stopped after SIGTERM or SIGUSR1 and KeyboardInterrupt after Ctrl-C, both with a checkpoint saved;
         Diverged after three non-finite steps in a row; OutOfMemory if one face at a time does not fit.
         """
-        if resume:
-            self.world.agree(self.load_checkpoint)
-        self.objective.train()
-        self._settle_step()
         with (
             self.writer,
             stop_signals(in_a_job=self.world.size > 1) as stop,
             console.progress("pretrain", self.plan.total_steps) as bar,
         ):
+            if resume:
+                self.world.agree(self.load_checkpoint)
+            self.objective.train()
+            self._settle_step()
             bar.advance(self.step)
             if self.step == 0:
                 self._end_epoch(monitor_rows, observers, {})
-            last_checkpoint = time.monotonic()
+            saved = time.monotonic()
             for batch in self.stream.batches(self._order(), self.device.torch):
                 losses, self.meter.schedules = self._train_step(batch)
                 self.meter.add(losses)
@@ -127,19 +127,16 @@ class Trainer:
                 self.step += 1
                 epoch_ends = self.step % self.plan.steps_per_epoch == 0
                 if self.step % LOG_EVERY_STEPS == 0 or epoch_ends:
-                    row = self.meter.row()
-                    self._raise_if_diverged()
-                    self._write({"kind": "step", **row}, observers)
-                    bar.advance(self.step - bar.done, f"loss {row['loss']:.4f}")
+                    self._log(bar, observers)
                 if epoch_ends:
                     self._end_epoch(monitor_rows, observers, self.meter.epoch_row())
-                minutes = (time.monotonic() - last_checkpoint) / 60
+                minutes = (time.monotonic() - saved) / 60
                 signal_number, due = self.world.largest(stop.signal, minutes >= checkpoint_minutes)
                 if signal_number:
                     self._stop(stop, int(signal_number))
                 if due:
                     self.save_checkpoint()
-                    last_checkpoint = time.monotonic()
+                    saved = time.monotonic()
             (signal_number,) = self.world.largest(stop.signal)
             if signal_number:  # it came before the first step, and there are none
                 self._stop(stop, int(signal_number))
@@ -233,6 +230,7 @@ class Trainer:
         if compiled or (self.device.is_cuda and steps_left > 0):
             while not self._try_micro_batch():
                 pass
+        self.run.log(f"{self._micro_batch} faces at a time")
         self.forward = self.world.wrap(self.objective)
 
     def _try_micro_batch(self) -> bool:
@@ -300,9 +298,16 @@ class Trainer:
         self.run.log(f"epoch {epoch}: {', '.join(shown)}")
         try:
             self._write(row, observers)
-        except MefemError:
+        except Diverged:
             self.save_checkpoint()
             raise
+
+    def _log(self, bar: console.Progress, observers: Sequence[Observer]) -> None:
+        """Write the row of the last few steps."""
+        row = self.meter.row()
+        self._raise_if_diverged()
+        self._write({"kind": "step", **row}, observers)
+        bar.advance(self.step - bar.done, f"loss {row['loss']:.4f}")
 
     def _write(self, row: dict[str, Any], observers: Sequence[Observer]) -> None:
         self.run.append_metrics(row)
