@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import nn
 
 from mefem_cli import console, parts
 from mefem_cli.backbones import _initial, vit
-from mefem_cli.engine import distributed, launch, seeds
+from mefem_cli.engine import allocator, distributed, launch, seeds
 from mefem_cli.engine.alarm import Alarm
 from mefem_cli.engine.cache import make_cache
 from mefem_cli.engine.device import Device, announce, choose_device, cores
@@ -76,7 +79,11 @@ class Job:
     objective: nn.Module
     probes: list[Probe]  # of --watch
     run: Run
-    start: _initial.Start | None = None  # what it starts from, if not from random weights
+    start: _initial.Start | None  # what it starts from, if not from random weights
+    given: Given
+    build: Callable[[Given], nn.Module]  # makes the objective anew, for other options of the encoder
+    processes: int
+    cache_bytes: int  # of memory for decoded crops
 
     @classmethod
     def prepare(cls, folders: list[Path], given: Given, product: ProductOptions) -> Job:
@@ -93,7 +100,8 @@ class Job:
         train_options = given.build("engine.plan", "TrainOptions")
         device_options = given.build("engine.device", "DeviceOptions")
         product = given.build("stores.product", "ProductOptions")
-        given.build("engine.launch", "LaunchOptions")  # has had its effect by now
+        launch_options = given.build("engine.launch", "LaunchOptions")  # has had its effect by now, but in a dry run
+        processes = max(distributed.world().size, launch_options.gpus)
         objective_module = parts.load("objectives", train_options.objective)
         objective_options = given.build(f"objectives.{train_options.objective}")
         backbone_options = given.build("backbones.vit")
@@ -106,7 +114,7 @@ class Job:
             len(crops), _subjects(crops), train_options.monitor, product.seed
         )
         order = FaceOrder(training_rows, _weights(crops, weights, training_rows))
-        plan = make_plan(train_options, len(order), device_options.batch_size, distributed.world().size)
+        plan = make_plan(train_options, len(order), device_options.batch_size, processes)
         ema_planned = getattr(objective_options, "ema", None) == "auto" or bool(recorded.get("ema_planned"))
         objective_options = objective_module.resolve(
             objective_options, plan.batch_size, plan.total_steps, plan.preset == "paper"
@@ -114,8 +122,8 @@ class Job:
         device = choose_device(device_options.device, device_options.precision)
 
         seeds.seed_initialisation(product.seed)
-        encoder = vit.build(backbone_options, objective_module.wants_class_token(objective_options))
-        objective = objective_module.build(objective_options, encoder, given)
+        build = partial(_build_objective, objective_module, objective_options)
+        objective = build(given)
         goes_on = product.resume and Run(Path(product.out or "")).checkpoint_path.exists()  # then that has the weights
         start = None
         if train_options.init and not goes_on:
@@ -157,23 +165,29 @@ class Job:
         refuse_missing(train_options.track)
         probes = _probes(train_options.watch, crops, product.seed)
         return cls(
-            product,
-            train_options,
-            config,
-            crops,
-            order,
-            monitor_rows,
-            plan,
-            device,
-            stream,
-            objective,
-            probes,
-            run,
-            start,
+            product=product,
+            train_options=train_options,
+            config=config,
+            crops=crops,
+            order=order,
+            monitor_rows=monitor_rows,
+            plan=plan,
+            device=device,
+            stream=stream,
+            objective=objective,
+            probes=probes,
+            run=run,
+            start=start,
+            given=given,
+            build=build,
+            processes=processes,
+            cache_bytes=len(crops) * 3 * backbone_options.image_size**2 if cache else 0,
         )
 
     def train(self) -> None:
         """Train to the end, or go on where the run stopped, and write the encoders; one process of a job writes."""
+        if not self.device.is_cuda:
+            allocator.keep_freed_memory()
         world = distributed.world()
         self.run = Run(world.from_first(self.run.path))  # its name may hold the time
         resume = self.product.resume and self.run.checkpoint_path.exists()
@@ -261,6 +275,12 @@ class KeepEncoders(Observer):
         """Write the encoders after a chosen epoch."""
         if row["kind"] == "epoch" and row["epoch"] in self.chosen and trainer.world.is_first:
             self.job.save_encoders(Run(trainer.run.path / "epochs" / f"{row['epoch']:04d}"))
+
+
+def _build_objective(module: ModuleType, options: Any, given: Given) -> nn.Module:
+    """Return an objective of a module in objectives/ around an untrained encoder."""
+    encoder = vit.build(given.build("backbones.vit"), module.wants_class_token(options))
+    return module.build(options, encoder, given)
 
 
 def _with_record(given: Given, folders: list[Path], recorded: dict[str, Any], stopped: Run) -> tuple[Given, list[Path]]:

@@ -62,9 +62,9 @@ def _prepare(folders: list[Path], given: Given, product: Any) -> Any:
 
 
 def _print_plan(job: Any) -> None:
-    from mefem_cli.reports import training
+    from mefem_cli.reports import plan
 
-    training.print_plan(job)
+    plan.print_plan(job)
 
 
 def _finish(job: Any, seconds: float) -> None:
@@ -86,6 +86,7 @@ def _folders(arguments: list[str], product: Any) -> list[Path]:
     if not folders and not product.resume:
         folders = [Path("crops")]
     for folder in folders:
-        if not folder.exists():
+        without_weight = Path(str(folder).rpartition("=")[0] or folder)  # crops=2 counts twice
+        if not folder.exists() and not without_weight.exists():
             raise NoInputError(f"{folder}/: no such folder; make it with mefem crop, or name a crops folder")
     return folders

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from mefem_cli.engine import schedules
@@ -113,6 +113,41 @@ def make_plan(options: TrainOptions, num_faces: int, batch_size: str = "auto", n
         lr=options.lr if options.lr is not None else planned_lr,
         weight_decay=weight_decay_range(options.weight_decay),
     )
+
+
+def explain(plan: Plan, options: TrainOptions, batch_size: str, num_faces: int) -> dict[str, str]:
+    """Return the reason for each of the plan's choices, a few words each; `batch_size` is what was asked for."""
+    left_over = num_faces - plan.steps_per_epoch * plan.batch_size
+    size = "at least" if num_faces >= PAPER_FACES else "under"
+    rate = f"{schedules.PAPER_LEARNING_RATE:g} x sqrt({plan.batch_size} / {schedules.PAPER_BATCH}), at least 5e-4"
+    warmup = _unless_default(options, "warmup_epochs", f"{options.warmup_epochs:g} epochs, as in the paper")
+    is_cut = plan.warmup_steps < math.ceil(options.warmup_epochs * plan.steps_per_epoch)
+    return {
+        "preset": "as asked" if options.preset != "auto" else f"{size} {PAPER_FACES:,} faces",
+        "batch_size": _batch_reason(plan, batch_size, num_faces),
+        "epochs": _unless_default(options, "epochs", "as in the paper"),
+        "steps": f"{plan.steps_per_epoch} an epoch"
+        + (f", {left_over} faces left over, others in each" * bool(left_over)),
+        "lr": "as asked" if options.lr is not None else "the paper's" if plan.preset == "paper" else rate,
+        "warmup_steps": "half of the run at most" if is_cut else warmup,
+        "weight_decay": _unless_default(options, "weight_decay", "cosine, as in the paper"),
+    }
+
+
+def _batch_reason(plan: Plan, asked: str, num_faces: int) -> str:
+    if asked != "auto":
+        return "as asked"
+    if plan.batch_size == num_faces // 2:
+        return "half of the faces"
+    if plan.preset == "paper":
+        return "the paper's"
+    return next((f"for under {faces:,} faces" for faces, _ in SMALL_DATA_BATCHES if num_faces < faces), "the paper's")
+
+
+def _unless_default(options: TrainOptions, name: str, reason: str) -> str:
+    """Return the reason for a default, and for any other value that somebody asked for it."""
+    default = next(one.default for one in fields(options) if one.name == name)
+    return reason if getattr(options, name) == default else "as asked"
 
 
 def _batch_size(asked: str, num_faces: int, preset: str) -> int:
