@@ -25,6 +25,7 @@ Panel = tuple[str, Sequence[Row], float | None]  # title, an interval for each r
 
 DPI = 150
 HEATMAP_FACES = 20_000  # masks drawn for the heat map: within half a percent
+NUM_EXAMPLES = 4  # masks that are drawn
 TILE_PX = 224
 
 
@@ -74,7 +75,7 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
 
 
 def masks(run: Run, crops: Sequence[bytes]) -> Callable[[Theme], Figure]:
-    """Draw masks of a run on up to four crops, and how often each patch is in the source."""
+    """Draw four masks of a run, each on a crop, and how often each patch is in the source."""
     config = run.config()
     objective, encoder = _objective(config)
     grid = encoder.grid_size
@@ -118,14 +119,19 @@ def _visible_patches(split: Split, grid: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _examples(visible: np.ndarray, cls_in_source: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
-    """Return up to four (title, visible patches [L, L]): a wide and a high source, with and without CLS in it."""
-    num_columns, num_rows = visible.any(axis=1).sum(axis=1), visible.any(axis=2).sum(axis=1)
-    found = []
-    for shape, has_shape in (("rows", num_columns > num_rows), ("columns", num_columns <= num_rows)):
-        for in_source, role in ((False, "CLS is a target"), (True, "CLS is a source")):
-            fits = has_shape & (cls_in_source == in_source) if cls_in_source is not None else has_shape
-            if fits.any():
-                found.append((f"{shape}; {role}" if cls_in_source is not None else shape, visible[np.argmax(fits)]))
+    """Return four (title, visible patches [L, L]) that show different places, CLS in turn a target and a source."""
+    found: list[tuple[str, np.ndarray]] = []
+    seen = np.zeros(visible.shape[1:])  # how often each patch is shown so far
+    for turn in range(NUM_EXAMPLES):
+        overlap = (visible * seen).sum(axis=(1, 2)).astype(float)
+        title = ""
+        if cls_in_source is not None:
+            wanted = bool(turn % 2)
+            title = "CLS is a source" if wanted else "CLS is a target"
+            overlap[cls_in_source != wanted] = np.inf
+        chosen = visible[np.argmin(overlap)]
+        seen += chosen
+        found.append((title, chosen))
     return found
 
 
