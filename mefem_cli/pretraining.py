@@ -192,6 +192,8 @@ class Job:
         self.run = Run(world.from_first(self.run.path))  # its name may hold the time
         resume = self.product.resume and self.run.checkpoint_path.exists()
         world.agree(lambda: self._open_run(resume, world) if world.is_first else None)
+        if self.stream.cache is not None:
+            self.stream.cache.forget_name()  # all processes have it by now; a kill must not leave it in memory
         trainer = Trainer(
             self.objective,
             self.stream,

@@ -56,7 +56,7 @@ class ImageStream:
         self.workers = workers or cores()
         self.corrupt: list[str] = []
         self.waited = 0.0  # seconds spent waiting for decoded batches
-        self._cache = cache
+        self.cache = cache
 
     def batches(self, batches: Iterable[np.ndarray], device: torch.device) -> Iterator[Batch]:
         """Yield a batch of images on `device` for each array of row numbers, in order, decoding ahead."""
@@ -86,15 +86,15 @@ class ImageStream:
         )
 
     def _read_into(self, image: np.ndarray, row: int) -> bool:
-        if self._cache is not None and (known := self._cache.get(row, image)) is not None:
+        if self.cache is not None and (known := self.cache.get(row, image)) is not None:
             return known
         try:
             decode_into(self.crops.read_bytes(row), image)
             readable = True
         except (OSError, ValueError, SyntaxError, MefemError):  # what the decoders and stores raise on damaged files
             readable = False
-        if self._cache is not None:
-            self._cache.put(row, image if readable else None)
+        if self.cache is not None:
+            self.cache.put(row, image if readable else None)
         return readable
 
     def _collect(self, pending: _Pending, device: torch.device) -> Batch:
