@@ -475,7 +475,7 @@ ALLOWED = {
     "probes": {"engine"} | GROUND,
     "tasks": set(),
     "faces": {"stores", "reports"} | GROUND,
-    "evaluation": {"probes", "tasks", "stores"} | GROUND,
+    "evaluation": {"probes", "tasks", "stores", "engine"} | GROUND,
 }
 
 

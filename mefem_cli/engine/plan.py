@@ -24,9 +24,7 @@ class TrainOptions:
     warmup_epochs: float = 3.0  # epochs over which the learning rate rises
     lr: float | None = None  # peak learning rate; default: planned
     weight_decay: str = "0.04:0.4"  # START:END of a cosine; none on biases, norms, tokens and positions
-    cache: Literal["auto", "ram", "off"] = (
-        "auto"  # keep decoded crops in memory; auto: if a quarter of the free is enough
-    )
+    cache: Literal["auto", "ram", "off"] = "auto"  # keep decoded crops in memory; auto: in a quarter of the free
     accumulate: int = 1  # cut each process's part of a batch into N micro-batches to save memory; same results
     monitor: int = 1024  # faces set aside to watch the encoder, whole subjects, at most 5 %
     watch: list[str] = field(default_factory=list)  # labels that quick probes read after each epoch: a,b or repeated
