@@ -27,8 +27,8 @@ from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
 from mefem_cli.engine.resources import Resources
 from mefem_cli.engine.stream import ImageStream
 from mefem_cli.engine.track import TensorBoard, refuse_missing
-from mefem_cli.evaluation.watch import Probe, Watch, names_to_watch, plan_probes
 from mefem_cli.errors import OutputError
+from mefem_cli.evaluation.watch import Probe, Watch, names_to_watch, plan_probes
 from mefem_cli.parts import Given
 from mefem_cli.reports import health
 from mefem_cli.stores import runs

@@ -64,7 +64,9 @@ def test_crop_decisions_equal_the_truth_wherever_the_box_is_close(scenes):
     num_compared = 0
     with FaceDetector("auto") as blazeface:
         for name, pixels, faces in scenes:
-            cropped = [face for face in crop_faces(images.Picture.of(pixels), options, blazeface) if face.detection is not None]
+            cropped = [
+                face for face in crop_faces(images.Picture.of(pixels), options, blazeface) if face.detection is not None
+            ]
             for face in faces:
                 x, y, side, _ = face["box"]
                 near_limit = abs(face["crop2x_side"] / 224 - 1) < CLOSE

@@ -50,7 +50,8 @@ SYSTEM_PACKAGES = "libegl1 libgles2 libgl1 libglib2.0-0"
 class Detection:
     """One face: its box (x, y, width, height in px), six keypoints [6, 2] in px, the score and the model that found it.
 
-    A box that was given has no keypoints and no score (NaN). Keypoints are BlazeFace's: right eye, left eye, nose, mouth, right ear, left ear (of the person).
+    A box that was given has no keypoints and no score (NaN). Keypoints are BlazeFace's: right eye, left eye, nose,
+    mouth, right ear, left ear (of the person).
     """
 
     box: Box

@@ -124,8 +124,8 @@ class _Page:
         yield html.heading("What the encoder learns from")
         crops = [(self.demo.crops / row["path"]).read_bytes() for row in self.people[:: max(1, len(self.people) // 4)]]
         caption = (
-            "From the patches in colour the encoder predicts the features of the veiled ones. Where the CLS token joins "
-            "the source, one of its patches becomes a target in its place. Right: how often a patch is seen."
+            "From the patches in colour the encoder predicts the features of the veiled ones. Where the CLS token "
+            "joins the source, one of its patches becomes a target in its place. Right: how often a patch is seen."
         )
         yield self._figure(demo_figures.masks(self.run, crops), caption)
 
