@@ -17,7 +17,7 @@ BLOCKS = "blocks"  # the name of a transformer's stack of blocks in timm and in 
 def wants_compile(asked: str, device: Device, num_steps: int) -> bool:
     """Return whether to compile for `--compile auto|on|off` and the steps that are left.
 
-    On a CPU `auto` is off: the matrix products dominate there, and compiling takes minutes.
+    On a CPU `auto` is off: compiling takes minutes there and wins 3-5 % (ViT-S, one thread, fp32 and bf16).
     """
     return asked == "on" or (asked == "auto" and device.is_cuda and num_steps >= COMPILE_FROM_STEPS)
 
