@@ -76,7 +76,7 @@ def draw(panel: Panel) -> str:
         FigureCanvasSVG(figure)
         axis = figure.add_subplot()
         _draw_curves(axis, panel.curves)
-        if panel.log:
+        if panel.log and any(_is_number(y) and y > 0 for curve in panel.curves for y in curve.y):  # type: ignore[operator]
             _use_log_scale(axis)
         if panel.mark is not None:
             axis.axhline(panel.mark, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -86,9 +86,9 @@ def draw(panel: Panel) -> str:
             _draw_curves(other, panel.right)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.set_xlabel(panel.xlabel)
-        labelled = sum(bool(curve.label) for curve in [*panel.curves, *panel.right])
-        if labelled:
-            figure.legend(loc="outside upper left", ncols=3 if labelled == 3 else 2)
+        lines = [line for one in figure.axes for line in one.get_legend_handles_labels()[0]]
+        if lines:
+            figure.legend(handles=lines, loc="outside upper left", ncols=3 if len(lines) == 3 else 2)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
