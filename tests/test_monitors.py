@@ -20,11 +20,12 @@ from torch.nn import functional
 
 from mefem_cli import main
 from mefem_cli.backbones import vit
-from mefem_cli.engine import alarm, monitors, resources, seeds, track, tune, watch
+from mefem_cli.engine import alarm, monitors, resources, seeds, track, tune
 from mefem_cli.engine.alarm import Alarm, judge
 from mefem_cli.engine.device import Device
 from mefem_cli.engine.stream import ImageStream
 from mefem_cli.errors import Diverged, UsageError
+from mefem_cli.evaluation import watch
 from mefem_cli.objectives import mefem
 from mefem_cli.parts import Given
 from mefem_cli.stores.crops import Crops
