@@ -126,17 +126,39 @@ def test_boxes_points_and_squares_map_alike(orientation, width, height, factor):
 
 
 def test_small_and_thin_pictures_are_not_reduced():
-    for width, height in ((1919, 1200), (960, 960), (4000, 3), (3, 4000), (1, 1)):
+    for width, height in ((1919, 1200), (960, 960), (4000, 1), (1, 4000), (1, 1)):
         picture = opened(jpeg(np.full((height, width, 3), 99, np.uint8)))
         pixels, scale = picture.for_detection()
         assert scale == picture_module.Scale(1, 0, 0, width, height)
         assert pixels.shape == (height, width, 3)
 
 
-@pytest.mark.parametrize(("longest", "factor"), [(1919, 1), (1920, 2), (3839, 2), (3840, 4), (7680, 8)])
+@pytest.mark.parametrize(("longest", "factor"), [(1919, 1), (1920, 2), (7679, 2), (7680, 4), (15360, 8)])
 def test_detection_sees_at_least_960_px(longest, factor):
     _, scale = opened(jpeg(np.full((64, longest, 3), 99, np.uint8))).for_detection()
     assert scale.factor == factor
+
+
+@pytest.mark.parametrize(("longest", "factor"), [(3839, 1), (3840, 4), (7680, 8)])
+def test_pictures_that_no_decoder_reduces_are_thinned(longest, factor):
+    _, scale = Picture.of(np.full((64, longest, 3), 99, np.uint8)).for_detection()
+    assert scale.factor == factor
+
+
+@pytest.mark.parametrize(("side", "factors"), [(2300, [2]), (1010, [2]), (1000, [2, 1])])
+def test_a_crop_comes_from_the_decoding_in_which_its_face_was_found(decoded_factors, side, factors):
+    """A second decoding costs as much as the first: only a crop with too few pixels there is worth it."""
+    picture = opened(jpeg(np.full((2400, 3000, 3), 99, np.uint8)))
+    picture.for_detection()
+    picture.crop(Square(20, 30, side), 224)
+    assert decoded_factors == factors
+
+
+def test_a_crop_of_a_picture_decoded_in_full_comes_from_that(decoded_factors):
+    picture = opened(jpeg(np.full((1300, 1300, 3), 99, np.uint8)))
+    picture.for_detection()
+    picture.crop(Square(20, 30, 1200), 224)
+    assert decoded_factors == [1]
 
 
 # What the crops look like --------------------------------------------------------------------------------------------

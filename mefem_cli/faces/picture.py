@@ -1,8 +1,9 @@
 """A picture whose pixels are decoded when they are asked for, at the resolution that is needed.
 
-JPEG stores frequencies, so that libjpeg decodes at 1/2, 1/4 or 1/8 of the resolution in less time than at full (on
-12-megapixel photos 20 ms instead of 32), and all that follows has less to do (finding faces 7 ms instead of 60). Faces
-are sought in such a picture; a crop is taken from it only where that cannot be told from a crop of the full one.
+JPEG stores frequencies, so that libjpeg decodes at 1/2, 1/4 or 1/8 of the resolution in less time than at full (a
+12-megapixel photo in 28, 25 and 22 ms instead of 35), and all that follows has less to do (finding faces 10, 8 and 7 ms
+instead of 34). Faces are sought in such a picture; a crop is taken from it only where that cannot be told from a crop
+of the full one, which would have to be decoded anew.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import numpy as np
 from mefem_cli.faces import colour, geometry
 from mefem_cli.faces.geometry import Box, Pad, Square
 
-# The longer side of the picture in which faces are sought. BlazeFace looks at 128 and 192 px of it and does not
-# antialias, so that its boxes jitter: a shift of a 1024 px picture by (7, 5) px changes the side of a box by 1.4 %
-# and moves its centre by 1.1 % of it (medians). Of 2048 and 4096 px pictures, the reduced ones give sides that differ
-# by 0.4 ... 0.6 % and centres that differ by 0.4 ... 0.6 %; recall and overlap with the true boxes stay as they are.
-DETECTION_PX = 960
-DETECTION_FACTORS = (8, 4, 2)
-THINNING_FACTORS = (8, 4)  # of pictures that are decoded anyway; thinning to a half costs as much as it saves
+# The longer side in px from which faces are sought at 1/factor, so in 960 px or more. BlazeFace looks at 128 and 192
+# px of them and does not antialias, so that its boxes jitter: a shift of a 1024 px picture by (7, 5) px changes sides
+# of boxes by 1.4 % and moves centres by 1.1 % of them (medians). Of 2048 and 4096 px pictures, the reduced ones give
+# sides that differ by 0.4 ... 0.6 % and centres that differ by 0.4 ... 0.6 %; recall and overlap with the true boxes
+# stay as they are. A JPEG is reduced to twice that: most of the time of decoding is for bits, not pixels, and a second
+# decoding, for a crop that has too few pixels in the first one, costs more than the first one saved.
+THINNED_FROM = {8: 7680, 4: 3840}  # by leaving out pixels; of 1/2 that costs as much as it saves
+DECODED_FROM = {8: 15360, 4: 7680, 2: 1920}
 
 # A crop of `size` px is taken from a reduced picture if its square has at least MARGIN * size px there. Measured on 254
 # face photos and 33 scenes (JPEG quality 92, 4:2:0), each against the crop of the full picture: at least 46 dB, mean
@@ -97,6 +99,7 @@ class Picture:
         self._orientation, self._colours = orientation, colours
         self._upright: dict[int, np.ndarray | None] = {}  # by factor; in the colours of the file
         self._pixels: np.ndarray | None = None
+        self._sought = max(CROP_FACTORS)  # the reduction in which faces were sought; before that no limit
 
     @classmethod
     def of(cls, pixels: np.ndarray, remark: str = "") -> Picture:
@@ -110,17 +113,23 @@ class Picture:
             self._pixels = np.ascontiguousarray(colour.to_srgb(self._full(), self._colours))
         return self._pixels
 
-    def for_detection(self, longest_at_least: int = DETECTION_PX) -> tuple[np.ndarray, Scale]:
-        """Return the picture, reduced as far as its longer side keeps `longest_at_least` px, and what maps it back.
+    def for_detection(self, longest_at_least: int | None = None) -> tuple[np.ndarray, Scale]:
+        """Return the picture, reduced as its longer side allows, and what maps it back.
 
-        The pixels are uint8 [h, w, 3], sRGB. Where no decoder reduces, pixels are left out.
+        With `longest_at_least` it is reduced as far as it keeps so many px. The pixels are uint8 [h, w, 3], sRGB. Where
+        no decoder reduces, pixels are left out.
         """
-        factors = DETECTION_FACTORS if self._decode_reduced else THINNING_FACTORS
+        sides = DECODED_FROM if self._decode_reduced else THINNED_FROM
+        if longest_at_least is not None:
+            sides = {factor: factor * longest_at_least for factor in sides}
         longest = max(self.width, self.height)
-        factor = next((one for one in factors if longest // one >= longest_at_least), 1)
+        factor = next((factor for factor, side in sides.items() if longest >= side), 1)
         scale = self.scale(factor)
-        if factor == 1 or not scale.width or not scale.height:
-            return self.pixels, self.scale(1)
+        if not scale.width or not scale.height:
+            factor, scale = 1, self.scale(1)
+        self._sought = factor
+        if factor == 1:
+            return self.pixels, scale
         pixels = self._reduced(factor)
         if pixels is None:
             first = factor // 2
@@ -131,11 +140,12 @@ class Picture:
     def crop(self, square: Square, size: int, pad: Pad = "edge", angle: float = 0.0) -> np.ndarray:
         """Return the square, turned by `angle`, at `size` x `size` px, uint8 sRGB: as `geometry.resample` of `pixels`.
 
-        It is taken from the smallest decoding that has the whole square at MARGIN * size px or more. Which one depends
-        on the square, the size and the picture's sides alone.
+        It is taken from the smallest decoding that has the whole square at MARGIN * size px or more, but from no
+        smaller one than that in which faces were sought, if they were: that one is there. Which one depends on that,
+        the square, the size and the picture's sides alone.
         """
         for factor in CROP_FACTORS:
-            if self._decode_reduced is None or square.side < MARGIN * size * factor:
+            if self._decode_reduced is None or factor > self._sought or square.side < MARGIN * size * factor:
                 continue
             scale = self.scale(factor)
             if not geometry.is_inside(scale.square(square), scale.width, scale.height, angle):
