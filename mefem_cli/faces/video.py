@@ -19,7 +19,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -38,7 +38,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".av
 VIDEO_SUFFIXES |= {".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".3gp", ".3g2"}
 VIDEO_SUFFIXES |= {".f4v", ".ogv", ".h264", ".264", ".hevc", ".h265", ".265"}
 NUM_CANDIDATES = 10  # frames among which `best` is chosen
-OLDEST_PYAV = 14  # has Stream.disposition and combined scaling flags
+OLDEST_PYAV = (17, 1)  # older ones crash where the streams of a file with options appear late
 
 # Demuxers that read one file and follow no names in it (HLS, DASH, concat, SDP, image sequences and devices would)
 FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,h264,hevc,m4v"
@@ -54,6 +54,7 @@ TAIL = 2  # s before the end from which the last frame's time is looked for
 MOST_HELD = 32 << 20  # bytes of packets kept undecoded
 REORDER = 16  # frames: the longest way between decoding and showing
 READ_SIZE = 1 << 16  # bytes
+B_FRAME = 3  # FFmpeg's type of a picture that may need one shown later
 COVER = 0x400 | 0x800  # dispositions of streams that are no video: an attached picture, thumbnails
 
 # Brands of ISO base media files without video: pictures (HEIF, AVIF, Canon raw, JPEG 2000) and sound
@@ -135,6 +136,8 @@ def begins_like_video(start: bytes) -> bool:
 
 def _begins_like_transport_stream(start: bytes) -> bool:
     """Return whether a packet header of MPEG-TS, plain or after a time stamp of 4 bytes (M2TS), stands at the start."""
+    if start.startswith(b"GIF8"):
+        return False
     for offset, size in ((0, 188), (4, 192)):
         header = start[offset : offset + 4]
         if len(header) < 4 or header[0] != 0x47 or header[1] & 0x80 or header[3] & 0xC0 or not header[3] & 0x30:
@@ -160,9 +163,8 @@ def parse_frame_choice(text: str) -> FrameChoice:
     if match and (step := float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]):
         return FrameChoice("every", step=step)
     if text.startswith("every"):
-        raise UsageError(f"--frame {text}: wanted a time above 0 with its unit (ms, s, m, h), as in every:2s")
-    known = did_you_mean(text, [*words, "every:2s"])
-    raise UsageError(f"--frame {text}: wanted middle, first, best, every:2s or a frame number{known}")
+        raise UsageError(f"--frame {text[:40]}: wanted a time above 0 with its unit (ms, s, m, h), as in every:2s")
+    raise UsageError(f"--frame {text[:40]}: not the number of a frame{did_you_mean(text, [*words, 'every:2s'])}")
 
 
 def read_frames(
@@ -196,8 +198,9 @@ def _import_av() -> Any:
         import av
     except ImportError as error:
         raise MefemError('videos are read with PyAV, which is missing: pip install "mefem-cli[video]"') from error
-    if int(av.__version__.split(".")[0]) < OLDEST_PYAV:
-        raise MefemError(f'PyAV {av.__version__} is too old: pip install --upgrade "av>={OLDEST_PYAV}"')
+    if tuple(map(int, av.__version__.split(".")[:2])) < OLDEST_PYAV:
+        wanted = "av>=" + ".".join(map(str, OLDEST_PYAV))
+        raise MefemError(f'PyAV {av.__version__} is too old for videos: pip install --upgrade "{wanted}"')
     return av
 
 
@@ -294,6 +297,11 @@ class _Shown(NamedTuple):
     time: float  # ticks
     picture: av.VideoFrame
     is_damaged: bool
+    num_errors: int  # packets that could not be decoded before it
+
+    @property
+    def is_bidirectional(self) -> bool:
+        return self.picture.pict_type == B_FRAME
 
 
 class _Video:
@@ -350,7 +358,7 @@ class _Video:
     def _reset(self, is_start: bool, may_skip: bool = True) -> None:
         """Forget what was read: the container stands at its start, or anywhere between packets."""
         self._left, self._position = self._position, None
-        self._packets = self._container.demux()
+        self._packets = _demux(self._av, self._container)
         self._may_skip = may_skip
         self._is_read = self._is_late = False
         self._is_synchronised = is_start
@@ -361,6 +369,7 @@ class _Video:
         self._previous: float | None = None  # time of the last picture decoded
         self._wants_flush = not is_start
         self._is_damaged = self._may_heal = False
+        self._num_errors = 0
         self._reach: float = -math.inf  # until when pictures or sound were found
         self.is_over = False  # the wanted time lies behind all that was found
 
@@ -417,12 +426,26 @@ class _Video:
         """Read on until a picture after the wanted time is decoded; return the one before it."""
         while self._ahead and self._ahead[0].time <= wanted:
             self._held = self._ahead.popleft()
-        while not (self._ahead or self._is_read or self._is_late):
+        while not (self._is_settled() or self._is_read or self._is_late):
             self._read_on(wanted)
         self.is_over = self._is_read and wanted >= self._reach
-        if self.is_over or self._held is None or self._held.is_damaged:
-            return None
-        return self._held
+        return None if self.is_over or self._is_doubtful(wanted) else self._held
+
+    def _is_doubtful(self, wanted: float) -> bool:
+        """Whether the held picture is damaged, or may not be the wanted one, because others could not be decoded."""
+        held = self._held
+        if held is None or held.is_damaged:
+            return True
+        if held.is_bidirectional and any(shown.is_damaged for shown in self._ahead):
+            return True
+        num_errors = self._ahead[0].num_errors if self._ahead else self._num_errors
+        return num_errors > held.num_errors and wanted >= held.time + self._duration
+
+    def _is_settled(self) -> bool:
+        """Whether a later picture is decoded, and with a B-frame the later one that it needs, which may be damaged."""
+        if self._held is None or not self._held.is_bidirectional:
+            return bool(self._ahead)
+        return any(not shown.is_bidirectional for shown in self._ahead)
 
     def next_change(self) -> float:
         """Return seconds up to which nothing but the picture last returned is on screen, as far as is known."""
@@ -433,9 +456,8 @@ class _Video:
 
     def _read_on(self, wanted: float) -> Any:
         """Take the next packet: keep it, let it pass, or decode what waits. Return it if it is one of pictures."""
-        try:
-            packet = next(self._packets)
-        except (StopIteration, self._av.error.FFmpegError):  # an error here is where a truncated file ends
+        packet = next(self._packets, None)
+        if packet is None:
             self._is_read = True
             self._decode_waiting(wanted)
             self._decode(None, wanted)
@@ -505,13 +527,14 @@ class _Video:
             pictures = self._codec.decode(packet)
         except self._av.error.FFmpegError:
             self._is_damaged, self._may_heal = True, False
+            self._num_errors += 1
             return
         self._may_heal |= packet is not None and packet.is_keyframe
         for picture in pictures:
             if picture.key_frame and self._may_heal:
                 self._is_damaged = False
             self._is_damaged |= picture.is_corrupt
-            shown = _Shown(self._time_of(picture), picture, self._is_damaged)
+            shown = _Shown(self._time_of(picture), picture, self._is_damaged, self._num_errors)
             self._reach = max(self._reach, shown.time + self._duration)
             if shown.time <= wanted:
                 self._held = shown
@@ -555,17 +578,15 @@ class _Video:
         end = reach = -math.inf
         count = 0
         with _open(self._av, self._file, self._max_pixels) as container:
-            try:
-                if start is not None:
+            if start is not None:
+                with suppress(self._av.error.FFmpegError):  # what cannot seek is read from its start
                     container.seek(min(math.floor(start), 1 << 62), stream=container.streams[self._stream.index])
-                for packet in container.demux():
-                    shown, until = self._span(packet)
-                    reach = max(reach, until)
-                    if packet.stream.index == self._stream.index and packet.size:
-                        count += 1
-                        end = end if shown is None else max(end, until)
-            except self._av.error.FFmpegError:
-                pass  # the file is broken here, or cannot seek; what was found counts
+            for packet in _demux(self._av, container):
+                shown, until = self._span(packet)
+                reach = max(reach, until)
+                if packet.stream.index == self._stream.index and packet.size:
+                    count += 1
+                    end = end if shown is None else max(end, until)
         if self._is_counted:
             end = reach = count * self._duration
         return (None if end == -math.inf else end), reach
@@ -589,8 +610,8 @@ class _Video:
             return ImageRejected(UNREADABLE, f"the file is damaged: the frame at {at}{more} cannot be decoded")
         if promised is not None and reach < promised - BROKEN_OFF / self.tick:
             return ImageRejected(UNREADABLE, f"nothing at {at}: {self._broken_off(reach, promised)}")
-        end = max(reach, self._origin)
-        size = f"{self.index(end)} frames, {self.seconds(end):.2f} s"
+        length = self.length()
+        size = f"{self.index(self._ticks(length))} frames, {length:.2f} s"
         return ImageRejected(UNREADABLE, f"nothing at {at}: the video has {size}")
 
     def _broken_off(self, reach: float, promised: float) -> str:
@@ -606,17 +627,25 @@ class _Video:
 def _open(av: Any, file: Any, max_pixels: int) -> Any:
     """Return PyAV's container of a file, at its start."""
     file.seek(0)
-    containers = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     if file.read(4) == b"RIFF":  # AVI tells no times of showing, and FFmpeg's guesses are wrong with B-frames
-        containers["fflags"] = "-genpts"
-    options = {"max_pixels": _decoder_limit(max_pixels)}
+        options["fflags"] = "-genpts"
     reading: dict[str, Any] = {"metadata_errors": "replace", "buffer_size": READ_SIZE}
-    return av.open(_Bytes(file), options=options, container_options=containers, **reading)
+    return av.open(_Bytes(file), options=_decoder_limit(max_pixels), container_options=options, **reading)
 
 
-def _decoder_limit(max_pixels: int) -> str:
-    """Return the most pixels a decoder may allocate: those of coded pictures, whose sides are rounded up."""
-    return str(2 * max_pixels + (1 << 16))
+def _demux(av: Any, container: Any) -> Iterator[Any]:
+    """Yield the packets from where a container stands to its end, which in a truncated file is an error.
+
+    An IndexError is how PyAV ends where a stream appeared late.
+    """
+    with suppress(av.error.FFmpegError, IndexError):
+        yield from container.demux()
+
+
+def _decoder_limit(max_pixels: int) -> dict[str, str]:
+    """Return the option that keeps decoders from larger pictures; those they make are rounded up to whole blocks."""
+    return {"max_pixels": str(2 * max_pixels + (1 << 16))}
 
 
 def _video_stream(container: Any, max_pixels: int) -> Any:
@@ -631,7 +660,7 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
         raise ImageRejected(UNREADABLE, "there is no decoder for its kind of video")
     _check_size(codec.width, codec.height, max_pixels)
     codec.thread_count, codec.thread_type = 1, "NONE"
-    codec.options = {"max_pixels": _decoder_limit(max_pixels)}
+    codec.options = _decoder_limit(max_pixels)
     return stream
 
 
@@ -679,23 +708,24 @@ def _to_srgb(picture: av.VideoFrame, codec: Any, width: int, height: int) -> np.
     if is_hdr and primaries not in TO_SRGB:
         primaries = BT2020
     is_wide = primaries in TO_SRGB
-    colours = {}
+    colours, white = {}, 0xFFFF
     if not picture.format.is_rgb:
         matrix = picture.colorspace
         if matrix == UNSPECIFIED:
             matrix = BT2020 if is_hdr else BT709 if picture.height >= 720 else BT601
         is_full = picture.color_range == FULL_RANGE or picture.format.name.startswith("yuvj")
+        white = white if is_full else 0xFF00  # what libswscale makes of limited range in 16 bits
         colours["src_colorspace"], colours["dst_colorspace"] = SWS_MATRICES.get(matrix, BT601), BT601
         colours["src_color_range"] = FULL_RANGE if is_full else LIMITED_RANGE
         colours["dst_color_range"] = FULL_RANGE
     layout = "rgb48le" if is_wide else "rgb24"
     rgb = picture.reformat(width, height, layout, interpolation=BICUBIC_EXACT, **colours).to_ndarray()
-    return _narrow(rgb, transfer, primaries) if is_wide else rgb
+    return _narrow(rgb, white, transfer, primaries) if is_wide else rgb
 
 
-def _narrow(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
+def _narrow(rgb: np.ndarray, white: int, transfer: int, primaries: int) -> np.ndarray:
     """Return uint16 [H, W, 3] of wider primaries as sRGB, uint8 [H, W, 3]; few rows at a time, for memory's sake."""
-    to_light, to_srgb = _light(transfer), np.array(TO_SRGB[primaries], np.float32)
+    to_light, to_srgb = _light(transfer, white), np.array(TO_SRGB[primaries], np.float32)
     narrow = np.empty(rgb.shape, np.uint8)
     for top in range(0, len(rgb), 64):
         light = to_light[rgb[top : top + 64]]
@@ -709,9 +739,9 @@ def _narrow(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _light(transfer: int) -> np.ndarray:
+def _light(transfer: int, white: int) -> np.ndarray:
     """Return the light of each 16-bit signal, float32 [65536], 1 is reference white; for HLG the light of the scene."""
-    signal = np.arange(1 << 16) / 0xFFFF
+    signal = np.minimum(np.arange(1 << 16) / white, 1)
     if transfer == PQ:  # SMPTE ST 2084
         power = signal ** (32 / 2523)
         light = (np.maximum(power - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * power)) ** (8192 / 1305)
