@@ -174,9 +174,9 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path):
         assert torch.equal(now[name], state[name])
     assert len(fit.loaded) + 3 + 1 == len(now)
     text = "\n".join(start.lines())
-    assert "1 tensors not in the file" in text
-    assert "15 tensors of the file, not used" in text
-    assert "2 tensors of another shape" in text
+    assert "not in the file, as initialised: 1 (blocks.1.norm1.bias)" in text
+    assert "that are not used: 15 (" in text
+    assert "of another shape, as initialised: 2 (" in text
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,13 @@ class Start:
         within = f" ({_shown_name(self.prefix)}*)" if self.prefix else ""
         total = len(fit.loaded) + len(fit.missing) + len(fit.misshapen)
         kinds = {
-            "not in the file, as initialised": fit.missing,
-            "of another shape, as initialised": fit.misshapen,
-            "of the file, not used": fit.unexpected,
+            "tensors not in the file, as initialised": fit.missing,
+            "tensors of another shape, as initialised": fit.misshapen,
+            "tensors of the file that are not used": fit.unexpected,
         }
         return [
             f"starts from {self.path}{within}: {len(fit.loaded)} of {total} tensors of the encoder",
-            *(f"{len(names)} tensors {kind}: {_shown(names)}" for kind, names in kinds.items() if names),
+            *(f"{kind}: {len(names)} ({_shown(names)})" for kind, names in kinds.items() if names),
             *fit.notes,
             self.predictor,
         ]
