@@ -424,7 +424,7 @@ def test_the_job_script(tmp_path, monkeypatch):
 def test_the_command_in_two_processes_is_stopped_killed_and_finished_by_one(crops_folder, tmp_path):
     """SIGUSR1 to the launcher, then SIGKILL to one process, then one process to the end; one line each time."""
     options = "--backbone vit_tiny_patch16_224 --depth 1 --embed-dim 24 --num-heads 3 --image-size 32 --patch-size 4"
-    options += " --predictor-depth 1 --precision fp32 --device cpu --epochs 40 --batch-size 16 --checkpoint-every 0"
+    options += " --predictor-depth 1 --precision fp32 --device cpu --epochs 10 --batch-size 4 --checkpoint-every 0"
     job = start(tmp_path, str(crops_folder), *options.split(), "--gpus", "2", "-o", "run")
     wait_for_rows(job, tmp_path / "run", 20)
     job.send_signal(signal.SIGUSR1)
