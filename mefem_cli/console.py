@@ -69,12 +69,20 @@ def product(path: Path, seconds: float, **counts: Any) -> None:
     if _state.json:
         emit({"out": str(path.absolute()), "seconds": round(seconds, 3), **counts})
     else:
-        print(path.absolute(), flush=True)
+        _print(str(path.absolute()))
 
 
 def emit(row: dict[str, Any]) -> None:
     """Print one JSON object on one line of stdout; NaN becomes null, as JSON has no NaN."""
-    print(json_module.dumps(_without_nan(row), ensure_ascii=True, allow_nan=False), flush=True)
+    _print(json_module.dumps(_without_nan(row), ensure_ascii=True, allow_nan=False))
+
+
+def _print(line: str) -> None:
+    """Print a line on stdout. If nobody reads it, as in `| head -0`, the product is there all the same."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python's last flush must not fail either
 
 
 def _without_nan(value: Any) -> Any:

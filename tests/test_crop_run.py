@@ -320,7 +320,7 @@ def test_labels_travel(photos, tmp_path, capsys):
     stamp = (tmp_path / "out" / "manifest.parquet").stat().st_mtime_ns
     crop(photos, tmp_path / "out", labels=str(table))
     assert (tmp_path / "out" / "manifest.parquet").stat().st_mtime_ns == stamp
-    with pytest.raises(OutputError, match="labels was"):
+    with pytest.raises(OutputError, match="has labels from"):
         crop(photos, tmp_path / "out")
 
 

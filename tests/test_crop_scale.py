@@ -128,6 +128,7 @@ def test_parts_of_a_job_merge_to_the_whole(photos, tmp_path, shards):
     if not shards:
         assert content(tmp_path / "merged") == content(tmp_path / "whole")
     assert all(len(Crops.open(part)) for part in parts)  # they are as they were
+    assert merged(parts, tmp_path / "merged").crops == NUM_PHOTOS  # typed again, it is the same
     assert crop(photos, tmp_path / "merged", shards=shards).new == 0  # and one may go on from there
 
 
@@ -314,8 +315,8 @@ def test_hostile_and_damaged_shards(tmp_path):
     assert found["00000.tar/../../escaped.png"] == ("unreadable", "its name leads out of the shard")
     assert found["00000.tar//abs/x.png"][0] == "unreadable"
     assert found["00000.tar/fine.png"] == ("", "")
-    assert "damaged tar shard: cut short" in found["00001.tar"][1]
-    assert "damaged tar shard: not a tar" in found["00002.tar"][1]
+    assert "tar shard: cut short" in found["00001.tar"][1]
+    assert "tar shard: not a tar" in found["00002.tar"][1]
     assert not outside.exists()
     assert all((tmp_path / "out").resolve() in path.resolve().parents for path in (tmp_path / "out").rglob("*"))
 
@@ -326,6 +327,22 @@ def test_compressed_shard_says_how_to_unpack_it(tmp_path):
     with pytest.raises(NoInputError, match="no usable face"):
         crop(tmp_path / "faces.tar", tmp_path / "out")
     assert "gunzip" in rows(tmp_path / "out")[0]["detail"]
+
+
+def test_packed_shards_and_crops_in_a_folder_are_told_apart(photos, tmp_path):
+    crop(photos, photos / "crops")
+    with tarfile.open(photos / "more.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("empty.png"))
+    report = crop(photos, tmp_path / "out")
+    assert (report.crops, report.rejects) == (NUM_PHOTOS, {"unreadable": 2})
+    assert report.skipped == {"crops folder (crops)": 1}
+    assert "gunzip" in {Path(row["source"]).name: row["detail"] for row in rows(tmp_path / "out")}["more.tar.gz"]
+
+
+def test_zero_bytes_in_a_list_of_lines_are_explained(tmp_path):
+    command = [*PROGRAM, "-", "-o", str(tmp_path / "out")]
+    answer = subprocess.run(command, input=b"a.png\0b.png\0", capture_output=True)
+    assert (answer.returncode, b"type -0" in answer.stderr) == (2, True)
 
 
 def test_manifest_says_what_its_columns_are(photos, tmp_path):

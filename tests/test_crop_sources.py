@@ -187,6 +187,20 @@ def test_avspeech(tmp_path):
     assert len({row["id"] for row in found}) == 3
 
 
+def test_a_segment_behind_the_end_is_a_reject(tmp_path):
+    video(tmp_path / "av" / "a.mp4")
+    (tmp_path / "t.csv").write_text("path,segment_start,segment_end\nav/a.mp4,100,120\nav/a.mp4,0,2\n")
+    crop(tmp_path / "t.csv", tmp_path / "out", frame="every:500ms")
+    found = rows(tmp_path / "out")
+    assert [row["reason"] for row in found] == ["unreadable", "", "", "", ""]
+
+
+def test_a_box_far_larger_than_the_picture_is_a_mistake(photos, tmp_path):
+    (tmp_path / "t.csv").write_text('path,box\nphotos/0.png,"[0,0,12000,400]"\nphotos/1.png,"[150,150,270,270]"\n')
+    crop(tmp_path / "t.csv", tmp_path / "out", detector="auto", pad="edge")
+    assert [row["reason"] for row in rows(tmp_path / "out")] == ["bad-box", ""]
+
+
 def test_the_face_nearest_the_point_is_taken(shared_data, tmp_path):
     scene = shared_data / "crop_scenes" / "multi_03.jpg"
     with Image.open(scene) as image:

@@ -22,6 +22,7 @@ ARGUMENT = (
     "Folders (recursive), photos, videos, tar shards, CSV or Parquet tables with a column path, or quoted globs; "
     "- reads one path a line from stdin.",
 )
+LOSSLESS = "png"
 NEEDS_A_DETECTOR = ("min_score", "faces", "scale", "pad")
 
 
@@ -39,7 +40,7 @@ def run(arguments: list[str], given: Given) -> None:
         _print_preview(preview_of(arguments, options, product_options))
         return
     report = (merge.merge if options.merge else job.crop)(arguments, options, product_options)
-    _tell(report)
+    _tell(report, options.merge)
     console.product(report.out, time.monotonic() - begun, **report.counts)
 
 
@@ -50,13 +51,15 @@ def _warn_of_idle_options(options: CropOptions, given: Given) -> None:
         idle, why = [name for name in options.recipe if name in given], "--merge: the folders have their recipe"
     elif options.detector == "none":
         idle, why = [name for name in NEEDS_A_DETECTOR if name in given], "--detector none"
+    elif options.format == LOSSLESS:
+        idle, why = [name for name in ("quality",) if name in given], "--format png"
     else:
         return
     for name in idle:
         console.warn(f"--{name.replace('_', '-')} has no effect with {why}")
 
 
-def _tell(report: CropReport) -> None:
+def _tell(report: CropReport, merged: bool) -> None:
     from mefem_cli import console
 
     console.note(f"{report.crops:7d} crops")
@@ -64,7 +67,9 @@ def _tell(report: CropReport) -> None:
         console.note(f"{count:7d} {reason}")
     if report.duplicates:
         console.note(f"{report.duplicates:7d} rows are exact duplicates (duplicate_of in the manifest)")
-    if report.new == 0:
+    if report.vanished:
+        console.note(f"{report.vanished:7d} sources have vanished; what is known of them is kept, and detail says so")
+    if report.new == 0 and not merged:
         console.note("nothing new to read")
 
 

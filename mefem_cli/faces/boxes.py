@@ -224,11 +224,13 @@ class BoxTable:
         self._is_by_stem[rows] = is_by_stem
 
     def tell(self) -> None:
-        """Say on stderr how many sources have boxes, and which rows fit none."""
+        """Say on stderr how many sources have boxes, and which rows fit none. Raises UsageError where none fits."""
         told = [f"{self._found} of {self._asked} sources have boxes"]
         unused = np.flatnonzero(~self._is_used)
         if len(unused):
             first = printable(str(self._rows[int(unused[0])][0]))
             told.append(f'{len(unused)} rows of the table fit no picture, the first is "{first}"')
-        say = console.note if self._found else console.warn
-        say(f"boxes from {self.path}: {'; '.join(told)}")
+        if self._asked and not self._found:
+            key = "--key" if self.key is None else f"--key {self.key}"
+            raise UsageError(f"boxes from {self.path}: {'; '.join(told)}; is {key} the column that both sides know?")
+        console.note(f"boxes from {self.path}: {'; '.join(told)}")

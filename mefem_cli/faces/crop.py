@@ -26,6 +26,7 @@ from mefem_cli.faces.source import NOTHING, Given, GivenFace, Source
 from mefem_cli.stores.crops import IMAGES, KEYPOINTS, OK, path_to_text
 
 LONGEST_NAME = 255  # bytes that file systems allow in one name
+LARGEST_BOX = 2  # longer sides of the picture; a given box of more is a mistake
 GIVEN = "given"  # stands for the detector where boxes are given
 
 
@@ -181,9 +182,11 @@ def _cut_given(picture: images.Picture, face: GivenFace, rank: int, options: Cro
     if face.box is None:
         return Face("bad-box", face.problem, rank)
     detection = Detection(face.box, None, math.nan, GIVEN)
+    size = f"{picture.width} x {picture.height} px"
     if geometry.intersection_over_union(face.box, (0, 0, picture.width, picture.height)) <= 0:
-        size = f"{picture.width} x {picture.height} px"
         return Face("bad-box", f"the box lies outside the picture of {size}", rank, detection)
+    if max(face.box[2:]) > LARGEST_BOX * max(picture.width, picture.height):
+        return Face("bad-box", f"the box is far larger than the picture of {size}", rank, detection)
     return _cut(picture, geometry.square_around(face.box, options.scale), detection, rank, options)
 
 
@@ -254,6 +257,9 @@ class Cropper:
             rows.append(failed_row(source, rejected.reason, rejected.detail, **known, **size))
         except MemoryError:
             rows.append(failed_row(source, images.TOO_LARGE, "not enough memory to find faces in it", **known))
+        if not rows:
+            where = "" if given.segment is None else " in the segment {:g} to {:g} s".format(*given.segment)
+            rows.append(failed_row(source, images.UNREADABLE, f"the video has no frame{where}", **known))
         return rows
 
     def _shots(self, file: reading.OpenSource, given: Given) -> Iterator[Shot]:

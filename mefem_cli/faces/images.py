@@ -234,6 +234,8 @@ def _why_unreadable(content: bytes, error: Exception) -> str:
         return NOT_PICTURES[kind]
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image" if kind is None else "damaged: it begins like an image, but its header cannot be read"
+    if "truncated" in str(error).lower():
+        return "damaged: cut short"
     return f"{type(error).__name__}: {str(error)[:160]}"
 
 

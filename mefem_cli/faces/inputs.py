@@ -25,10 +25,12 @@ from mefem_cli.faces.listing import Listing, without_repeats
 from mefem_cli.faces.source import NOTHING, Given, GivenFace, Label, Source, hash63, printable
 from mefem_cli.faces.video import VIDEO_SUFFIXES
 from mefem_cli.stores import shards
+from mefem_cli.stores.crops import MANIFEST, PROVENANCE
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 IMAGE_SUFFIXES |= {".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pnm"}
 SHARD_SUFFIX = ".tar"
+PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})  # behind .tar; read after unpacking only
 LABELS_FILE = "labels.csv"  # beside or in a folder of photos, it is worth a hint
 STDIN = "-"
 BEGINNING = 512  # bytes that tell what a file is
@@ -166,6 +168,9 @@ class _Finder:
             return
         if f"{os.path.realpath(folder)}/".startswith(f"{self.out}/"):
             return
+        if relative and _is_crops_folder(folder):
+            self.listing.skipped[f"crops folder ({printable(relative)})"] += 1
+            return
         try:
             names = sorted(os.listdir(folder), key=os.fsencode)
         except OSError:
@@ -185,7 +190,7 @@ class _Finder:
             self.listing.skipped["special file"] += 1
         elif suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
             yield self._source(name, path, status)
-        elif suffix == SHARD_SUFFIX:
+        elif _is_called_shard(path):
             yield from self._shard(path, name)
         elif images.begins_like_image(_beginning(path)):
             yield self._source(name, path, status)
@@ -224,7 +229,7 @@ class _Finder:
                         yield self._member(path, name, member, labels, status.st_mtime_ns)
         except (shards.DamagedShard, OSError) as error:
             why = error.detail if isinstance(error, shards.DamagedShard) else error.strerror
-            yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"damaged tar shard: {why}")
+            yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"tar shard: {why}")
 
     def _member(self, path: str, name: str, member: shards.Member, labels: dict[str, Label], mtime: int) -> Source:
         problem = shards.unsafe_name(member.name)
@@ -282,6 +287,8 @@ def _records(end: bytes) -> Iterator[str]:
     """Yield the paths on stdin, each of which ends with `end`."""
     rest = b""
     while block := sys.stdin.buffer.read(1 << 16):
+        if end == b"\n" and b"\0" in block:
+            raise UsageError("the paths on stdin end with zero bytes; type -0 to read them so")
         *records, rest = (rest + block).split(end)
         yield from (os.fsdecode(one) for one in map(_stripped, records) if one)
     if last := _stripped(rest):
@@ -309,9 +316,17 @@ def _beginning(path: str) -> bytes:
 
 def _is_shard(path: str, start: bytes) -> bool:
     """Whether a named file is a tar shard, or is called one: what it is instead will be its reject."""
-    if path.lower().endswith((SHARD_SUFFIX, ".tgz")) or f"{SHARD_SUFFIX}." in os.path.basename(path).lower():
-        return True
-    return shards.is_tar(start) and start.strip(b"\0") != b""
+    return _is_called_shard(path) or (shards.is_tar(start) and start.strip(b"\0") != b"")
+
+
+def _is_called_shard(path: str) -> bool:
+    """Whether a file is named like a tar shard, packed ones too."""
+    stem, suffix = os.path.splitext(path.lower())
+    return suffix in (SHARD_SUFFIX, ".tgz") or (suffix in PACKED_SUFFIXES and stem.endswith(SHARD_SUFFIX))
+
+
+def _is_crops_folder(folder: str) -> bool:
+    return all(os.path.isfile(f"{folder}/{name}") for name in (MANIFEST, PROVENANCE))
 
 
 def _is_table(path: str, start: bytes) -> bool:

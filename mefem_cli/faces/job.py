@@ -146,7 +146,8 @@ def refuse_other_options(out: Path, options: CropOptions) -> None:
     wanted = {**options.recipe, "shard": options.shard}
     compared = {name: recorded.get(name) for name in wanted}
     if recorded.get("labels") is not None and options.labels is None:
-        compared, wanted = {**compared, "labels": recorded["labels"]}, {**wanted, "labels": None}
+        table = recorded["labels"]
+        raise OutputError(f"{out} has labels from {table}; type --labels {table} again, so that they are not lost")
     changes = product.difference(compared, wanted)
     if changes:
         raise OutputError(f"{out} was made with other options: {changes}; type --overwrite or name another --out")
@@ -239,7 +240,7 @@ def finish(
         stale = packing.stale_shards(before, rows)
         rows, shown = packing.pack(out, rows, shown, stale, images.SUFFIXES[options.format])
     journal.join(rows)
-    report = _report(out, shown, plan)
+    report = report_of(out, shown, plan)
     provenance = _provenance(options, product_options, {**inputs, **_inputs(options)}, report)
     manifest.write(out, rows, shown, options.max_pixels, provenance)
     packing.sweep(out, shown, before)
@@ -247,7 +248,8 @@ def finish(
     return report
 
 
-def _report(out: Path, rows: pa.Table, plan: Plan | None) -> CropReport:
+def report_of(out: Path, rows: pa.Table, plan: Plan | None) -> CropReport:
+    """Return what a manifest's rows amount to, and what a plan had to read."""
     counts = Counter(rows["reason"].to_pylist())
     num_crops = counts.pop("", 0)
     duplicates = sum(bool(one) for one in rows["duplicate_of"].to_pylist())

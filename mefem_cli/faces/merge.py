@@ -33,13 +33,17 @@ def merge(arguments: list[str], options: CropOptions, product_options: ProductOp
     begun = time.monotonic()
     folders = _folders(arguments)
     out = Path(product_options.out or job.DEFAULT_OUT)
-    _refuse_output(out, folders, product_options.overwrite)
+    _refuse_itself(out, folders)
     recipe = _common_recipe(folders)
+    inputs = {str(folder.absolute() / MANIFEST): product.file_sha256(folder / MANIFEST) for folder in folders}
+    if not product_options.overwrite and _is_made_of(out, inputs, options):
+        console.note("nothing has changed since it was merged")
+        return job.report_of(out, read_manifest(out), None)
+    _refuse_output(out, product_options.overwrite)
     rows = _rows(folders)
     merged = CropOptions(**recipe, labels=options.labels, key=options.key, max_rejects=options.max_rejects)
     with product.writing(out) as building:
         rows = _gather(building, folders, rows)
-        inputs = {str(folder.absolute() / MANIFEST): product.file_sha256(folder / MANIFEST) for folder in folders}
         with Journal(building).locked():
             report = job.finish(building, merged, product_options, Journal(building), None, rows, inputs)
         if out.exists():
@@ -53,8 +57,9 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
     """Return what `merge` would do, touching nothing. Raises the same errors."""
     folders = _folders(arguments)
     out = Path(product_options.out or job.DEFAULT_OUT)
-    _refuse_output(out, folders, product_options.overwrite)
+    _refuse_itself(out, folders)
     recipe = _common_recipe(folders)
+    _refuse_output(out, product_options.overwrite)
     rows = _rows(folders)
     crops = sum(map(bool, rows["path"].to_pylist()))
     return {"out": str(out.absolute()), "folders": len(folders), "rows": len(rows), "crops": crops, "options": recipe}
@@ -66,12 +71,26 @@ def _folders(arguments: list[str]) -> list[Path]:
     return [Path(one) for one in arguments]
 
 
-def _refuse_output(out: Path, folders: list[Path], overwrite: bool) -> None:
-    job.check_output(out, overwrite)
+def _refuse_itself(out: Path, folders: list[Path]) -> None:
     if any(folder.exists() and out.exists() and folder.samefile(out) for folder in folders):
         raise UsageError(f"{out} is both a source and the output; name another --out")
+
+
+def _refuse_output(out: Path, overwrite: bool) -> None:
+    job.check_output(out, overwrite)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out} exists; type --overwrite to replace it or -o for another place")
+
+
+def _is_made_of(out: Path, inputs: dict[str, str], options: CropOptions) -> bool:
+    """Return whether the output is these folders merged, as they are now."""
+    try:
+        recorded = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+        same_labels = recorded["options"]["labels"] == options.labels
+        is_whole = (out / MANIFEST).is_file()
+        return is_whole and same_labels and {**recorded["inputs"], **inputs} == recorded["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _common_recipe(folders: list[Path]) -> dict[str, Any]:

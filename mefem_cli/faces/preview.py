@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from mefem_cli.faces import job, labels
+from mefem_cli.faces import job, labels, manifest
 from mefem_cli.faces.crop import CropOptions, Cropper
 from mefem_cli.faces.journal import Journal, known_sources
-from mefem_cli.faces.source import Source
+from mefem_cli.faces.listing import SourceList
+from mefem_cli.faces.rows import JOURNAL_SCHEMA, STILL_FRAME, new_row
+from mefem_cli.faces.source import Given, Source
 from mefem_cli.faces.workers import Died, run_chunks
 from mefem_cli.stores.crops import OK
 from mefem_cli.stores.product import ProductOptions
 
 NUM_SAMPLES = 24
+MOST_JOINED = 100_000  # sources to which labels are joined for a look
 BYTES_PER_PIXEL = 0.55  # of a JPEG crop at quality 95, measured on faces; enough for an estimate
 START_SECONDS = 1.5  # until the processes have loaded MediaPipe
 
@@ -37,7 +41,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
     rows = journal.slice(0, 0) if product_options.overwrite else journal
     known = known_sources(rows, out)
     if options.labels is not None:
-        labels.read_labels(Path(options.labels), options.key)
+        labels.join(_rows_to_be(listing.sources), Path(options.labels), options.key)  # says on stderr what fits
     plan = job.make_plan(listing, options, known, rows)
     kinds = Counter(os.path.splitext(source.place)[1].lower() or "no suffix" for source in listing.sources)
     return {
@@ -52,6 +56,13 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
         **_estimate(plan, options),
         "options": job.resolved(options),
     }
+
+
+def _rows_to_be(sources: SourceList) -> pa.Table:
+    """Return a row for each of the first sources, as a manifest has them, with the labels that they bring along."""
+    first = sources.take(np.arange(min(len(sources), MOST_JOINED)))
+    rows = [new_row(source, STILL_FRAME, None, Given.from_json(source.given)) for source in first]
+    return manifest.readable(pa.Table.from_pylist(rows, schema=JOURNAL_SCHEMA), None)
 
 
 def _state(out: Path, plan: job.Plan, overwrite: bool) -> str:
