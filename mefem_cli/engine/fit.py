@@ -283,7 +283,7 @@ class Trainer:
         """Write the epoch row: the mean of the epoch's steps and what is measured on the monitor faces."""
         measured: dict[str, Any] = {}
         if len(monitor_rows):
-            num_reference = min(max(len(self.rows) // 10, MIN_REFERENCE_FACES), MAX_REFERENCE_FACES, len(self.rows))
+            num_reference = min(max(len(self.rows) // 20, MIN_REFERENCE_FACES), MAX_REFERENCE_FACES, len(self.rows))
             reference = seeds.numpy_generator(self.seed, seeds.MONITOR, 1).choice(
                 self.rows, num_reference, replace=False
             )
