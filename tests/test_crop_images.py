@@ -153,7 +153,7 @@ def truncated(kind: str) -> bytes:
         (b"\xff\xd8\xff\xe0", "unreadable", ""),
         (b"\xff\xd8\xff" + bytes(60), "unreadable", "damaged"),
         (b"%PDF-1.7", "unreadable", "PDF"),
-        (truncated("JPEG"), "unreadable", "truncated"),
+        (truncated("JPEG"), "unreadable", "cut short"),
         (truncated("PNG"), "unreadable", ""),
         (truncated("WEBP"), "unreadable", ""),
         (png_header(30_000, 30_000), "too-large", "30000 x 30000 px; --max-pixels is 1000000"),
