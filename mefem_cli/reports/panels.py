@@ -86,7 +86,7 @@ def _feature_panels(epochs: Sequence[Row]) -> Iterator[Panel]:
     yield Panel(
         "rankme",
         "RankMe: how many directions the features use",
-        "It dips as learning begins and should then rise or hold; towards 1 (about the mean face: 2) it is a collapse.",
+        "It dips as learning begins, then should rise or hold; near 1, or under 2 about the mean face, is a collapse.",
         [
             _by_epoch(epochs, "rankme_centred", "mean of patches, about the mean face"),
             _by_epoch(epochs, "rankme_centred_cls", "CLS, about the mean face", 1),
