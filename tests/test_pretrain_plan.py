@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ def job_of(folder: Path, **options) -> Job:
 
 
 def test_the_disk_is_what_a_run_takes(folder):
-    job = job_of(folder, epochs=1, batch_size=32, keep=1)
+    job = job_of(folder, epochs=1, batch_size=32, keep=1, limit=40)
     predicted = estimate.disk_bytes(job.objective, keep=1), estimate.checkpoint_bytes(job.objective)
     job.train()
     files = {path: path.stat().st_size for path in job.run.path.rglob("*") if path.is_file()}
@@ -227,19 +228,23 @@ def test_timed_steps_are_the_trainers_own(folder):
 
 
 def test_a_run_of_more_than_a_day_names_what_is_faster(folder, capsys, monkeypatch):
-    monkeypatch.setattr(plan_page, "TOO_LONG", 0.5)
+    def trial_by_size(job, objective, faces, seconds):
+        trainer = estimate.make_trainer(objective, job.stream, job.order, job.plan, CPU, job.train_options)
+        assert faces.shape[2:] == (objective.image_size, objective.image_size)
+        return replace(TRIAL, step_seconds=objective.image_size / 64, update_seconds=0.0), trainer
+
+    monkeypatch.setattr(plan_page, "_try", trial_by_size)
     monkeypatch.setitem(plan_page.SMALLER, "image_size", 32)
-    plan = dry_run(folder, capsys, f"{folder}/a", "--epochs", "1000", "--embed-dim", "192", "--depth", "3")
-    typed = [row["type"] for row in plan["instead"]]
-    assert typed[-1] == "--image-size 32"  # the backbone is no larger than the smaller one
-    fast = plan["instead"][-1]
-    assert 0 < fast["seconds"] < plan["estimated_seconds"]
-    monkeypatch.setattr(plan_page, "TOO_LONG", plan["estimated_seconds"] / 10)
-    again = dry_run(folder, capsys, f"{folder}/a", "--epochs", "1000", "--embed-dim", "192", "--depth", "3")
-    words = again["instead"][0]["type"].split()
-    assert words[0] == "--epochs"
-    assert again["instead"][0]["seconds"] <= plan_page.TOO_LONG
-    assert int(words[1]) == pytest.approx(1000 * plan_page.TOO_LONG / again["estimated_seconds"], abs=1)
+    words = [f"{folder}/a", "--epochs", "1000", "--embed-dim", "192", "--depth", "3"]
+    assert dry_run(folder, capsys, *words)["instead"] == []
+    monkeypatch.setattr(plan_page, "TOO_LONG", 100.0)
+    plan = dry_run(folder, capsys, *words)
+    by_epochs, by_size = plan["instead"]  # no other backbone: it would be no smaller
+    assert by_size == {"type": "--image-size 32", "seconds": pytest.approx(plan["estimated_seconds"] / 2, abs=1)}
+    option, epochs = by_epochs["type"].split()
+    assert option == "--epochs"
+    assert by_epochs["seconds"] <= 100
+    assert int(epochs) == pytest.approx(1000 * 100 / plan["estimated_seconds"], abs=1)
 
 
 def test_the_table_is_aligned_and_obeys_no_control_characters(folder, capsys):

@@ -41,10 +41,9 @@ class Trial:
     kept_bytes: float  # for the backward pass, per face
     peak_bytes: int | None  # of memory while they ran: of the device, on a CPU of the process
 
-    @property
-    def face_seconds(self) -> float:
-        """Seconds of a step per face, without the update."""
-        return max(self.step_seconds - self.update_seconds, 0.0) / self.num_faces
+    def seconds_of(self, num_faces: float) -> float:
+        """Return the seconds of a step of so many faces."""
+        return self.update_seconds + max(self.step_seconds - self.update_seconds, 0.0) * num_faces / self.num_faces
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def estimate_run(
     """
     device = trainer.device
     share = plan.batch_size / (processes if device.is_cuda else 1)
-    computing, reading = trial.update_seconds + trial.face_seconds * share, read_seconds * share
+    computing, reading = trial.seconds_of(share), read_seconds * share
     # On a CPU decoding takes its time from the step; beside a GPU it only counts where it is slower.
     step_seconds = max(computing, reading) if device.is_cuda else computing + reading
     later_steps = computing if cache_bytes else step_seconds

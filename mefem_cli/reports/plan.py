@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import textwrap
@@ -16,6 +17,7 @@ import torch
 
 from mefem_cli import console
 from mefem_cli.engine import estimate, monitors, schedules, tune
+from mefem_cli.engine.device import cores
 from mefem_cli.engine.plan import explain
 from mefem_cli.errors import MefemError
 from mefem_cli.parts import Given
@@ -25,6 +27,7 @@ from mefem_cli.stores.crops import Crops
 STEP_SECONDS, ALTERNATIVE_SECONDS = 2.5, 0.6  # what timed steps may take; those before them take as long
 TOO_LONG = 86_400  # seconds; a CPU run that takes longer has its alternatives named
 SMALLER = {"image_size": 128, "backbone": "vit_tiny_patch16_224"}
+BUSY = 0.75  # processes that run on a core already, from which on a trial is disturbed
 SHOWN_LABELS = 6
 NO_OPTIONS = ("crops", "weights", "inputs", "ema_planned", "init_sha256")  # of what config.yaml records
 Row = tuple[str, Any, str]  # name, value, why
@@ -147,7 +150,10 @@ def _choices(job: Job) -> Iterator[Row]:
     plan, config = job.plan, job.config
     why = explain(plan, job.train_options, str(job.given.values.get("batch_size", "auto")), len(job.order))
     yield "preset", plan.preset, why["preset"]
-    yield "start", "weights from elsewhere" if job.start else "random weights", f"seed {config['seed']}"
+    yield (
+        "start",
+        *(("loaded weights", job.start.lines()[0]) if job.start else ("random weights", f"seed {config['seed']}")),
+    )
     yield "backbone", config["backbone"], _size(job)
     yield "tokens", _tokens(job), f"mask {config['mask']}" if "mask" in config else ""
     yield "batch", plan.batch_size, why["batch_size"]
@@ -202,7 +208,7 @@ def _choice_rows(plan: dict[str, Any]) -> Iterator[Row]:
     for choice in plan["choices"]:
         yield choice["name"], choice["value"], choice["reason"]
         if choice["name"] == "start":
-            yield from (("", "", line) for line in plan["start"])
+            yield from (("", "", line) for line in plan["start"][1:])
 
 
 # The cost -----------------------------------------------------------------------------------------------------------
@@ -223,6 +229,7 @@ def _cost(job: Job) -> dict[str, Any]:
     }
     if not job.plan.total_steps:
         return cost
+    is_busy = not job.device.is_cuda and os.getloadavg()[0] > BUSY * cores()  # asked before the trial adds to it
     faces, read_seconds = estimate.read_faces(job.stream, job.order, job.device, job.product.seed)
     trial, trainer = _try(job, job.objective, faces, STEP_SECONDS)
     found = estimate.estimate_run(
@@ -232,6 +239,7 @@ def _cost(job: Job) -> dict[str, Any]:
         "seconds": round(found.seconds),
         "step_seconds": found.step_seconds,
         "watch_share": found.watch_share,
+        "is_busy": is_busy,
         "read_seconds_per_face": read_seconds,
         "trial": asdict(trial),
     }
@@ -270,7 +278,9 @@ def _instead(job: Job, found: estimate.Estimate) -> Iterator[dict[str, Any]]:
         faces = torch.randint(0, 256, (2, 3, objective.image_size, objective.image_size), dtype=torch.uint8)
         trial, _ = _try(job, objective, faces.to(job.device.torch), ALTERNATIVE_SECONDS)
         typed = " ".join(f"--{name.replace('_', '-')} {SMALLER[name]}" for name in names)
-        yield {"type": typed, "seconds": round(found.seconds * _per_face(trial) / _per_face(found.trial))}
+        share = trial.seconds_of(job.plan.batch_size) / found.trial.seconds_of(job.plan.batch_size)
+        if share < 1:
+            yield {"type": typed, "seconds": round(found.seconds * share)}
 
 
 def _rebuilt(job: Job, names: list[str]) -> Any:
@@ -280,10 +290,6 @@ def _rebuilt(job: Job, names: list[str]) -> Any:
     except MefemError:
         return None
     return objective if _num_operations(objective) < _num_operations(job.objective) else None
-
-
-def _per_face(trial: estimate.Trial) -> float:
-    return trial.step_seconds / trial.num_faces
 
 
 def _num_operations(objective: Any) -> int:
@@ -296,9 +302,10 @@ def _cost_rows(plan: dict[str, Any]) -> Iterator[Row]:
     spent = plan["time"]
     if "trial" in spent:
         trial = spent["trial"]
+        busy = ", less once this busy machine is free" if spent["is_busy"] else ""
         reason = (
-            f"{_seconds(spent['step_seconds'])} a step, from {trial['num_steps']} steps of {trial['num_faces']} faces "
-            f"just timed; {100 * spent['watch_share']:.0f} % for measures after each epoch"
+            f"{_seconds(spent['step_seconds'])} a step, from {trial['num_steps']} x {trial['num_faces']} faces timed"
+            f"{busy}; {100 * spent['watch_share']:.0f} % for measures after each epoch"
         )
         yield "time", _duration(spent["seconds"]), reason
     for row in plan["instead"]:
@@ -324,7 +331,7 @@ def _duration(seconds: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
 
 
 def _bytes(count: int) -> str:
