@@ -106,7 +106,8 @@ def read_manifest(folder: Path, names: Sequence[str] | None = None) -> pa.Table:
     if not path.is_file():
         raise NoInputError(_why_no_crops(folder))
     try:
-        rows = pq.read_table(path, columns=None if names is None else [*names])
+        there = pq.read_schema(path).names  # an earlier mefem wrote fewer columns
+        rows = pq.read_table(path, columns=[name for name in names if name in there] if names is not None else None)
     except (pa.ArrowInvalid, OSError) as error:
         raise NoInputError(f"{path} is damaged ({str(error)[:100]}); type mefem crop ... --overwrite") from error
     header = json.loads((rows.schema.metadata or {}).get(HEADER_KEY, b"{}"))
