@@ -14,6 +14,7 @@ import torch
 import yaml
 from synthetic import write_crops
 
+from mefem_cli import console
 from mefem_cli.engine import alarm
 from mefem_cli.errors import Diverged, OutputError
 from mefem_cli.parts import Given
@@ -205,6 +206,7 @@ def test_trouble_in_writing_does_not_hide_what_ended_the_run(tmp_path, monkeypat
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(health.product, "write_text", full)
+    console.configure(console.ConsoleOptions())  # another test may have asked for silence
     health.write_end(run, health.About([], 0, 10), Diverged("x"))
     assert "could not be written: the disk is full" in capsys.readouterr().err
 
