@@ -95,6 +95,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) else value
 
 
+def plural(count: int, thing: str, things: str | None = None) -> str:
+    """Return a count with its noun.
+
+    >>> plural(1, "crop"), plural(0, "crop"), plural(2, "reject by", "rejects by")
+    ('1 crop', '0 crops', '2 rejects by')
+    """
+    return f"{count} {thing if count == 1 else things or thing + 's'}"
+
+
 def table(content: Table) -> None:
     """Print a rich table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
     from rich.console import Console

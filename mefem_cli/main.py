@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -136,9 +137,24 @@ def _run(module: ModuleType, name: str, values: dict[str, Any]) -> None:
     chosen = parts.Given(given)
     options = chosen.build("console", "ConsoleOptions")
     console.configure(options)
+    _warn_of_unknown_variables(name, values)
     if options.debug:
         os.environ["MEFEM_DEBUG"] = "1"
     module.run(arguments, chosen)
+
+
+def _warn_of_unknown_variables(command: str, options: Iterable[str]) -> None:
+    """Say that a variable of the environment, named like an option's, is none."""
+    from difflib import get_close_matches
+
+    from mefem_cli import console
+
+    prefix = f"MEFEM_{command.upper()}_"
+    known = [prefix + option.upper() for option in options]
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and name not in known:
+            nearest = "".join(f"; did you mean {one}?" for one in get_close_matches(name, known, n=1))
+            console.warn(f"the environment variable {name} is no option of mefem {command}{nearest}")
 
 
 app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)

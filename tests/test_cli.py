@@ -265,6 +265,16 @@ def test_flags_win_over_variables_over_the_file_over_defaults(
     assert product.dry_run is True and product.overwrite is False
 
 
+def test_variables_that_are_no_options_are_named(mefem: Run, stub: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEFEM_CROP_EPOCH", "2")
+    monkeypatch.setenv("MEFEM_PROBE_EPOCH", "2")  # another command's
+    code, _, told = mefem("crop")
+    assert code == 0
+    assert "MEFEM_CROP_EPOCH is no option of mefem crop; did you mean MEFEM_CROP_EPOCHS?" in told
+    assert "PROBE" not in told
+    assert mefem("crop", "--quiet")[2] == ""
+
+
 def test_the_file_itself_may_be_named_by_a_variable(
     mefem: Run, stub: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import doctest
 import json
+import math
 import os
 import random
 import tracemalloc
@@ -139,7 +140,6 @@ def test_a_file_named_twice_is_refused_with_both_rows(tmp_path):
         ("url,box\nhttp://a,\n", 'no column "path".*--boxes'),
         ("<!DOCTYPE html>\n<html>\n", 'no column "path"'),
         ("path,box_x,box_y,box_w\na,1,2,3\n", "has a column box_x but no box_h"),
-        ("path,segment_start\na,1\n", "segment_start, which wants both of segment_start, segment_end"),
         ("path,point_y\na,1\n", "wants both of point_x, point_y"),
         ("path,age\na,1,2\n", "row 1 has 3 fields"),
     ],
@@ -153,7 +153,7 @@ def test_segments_and_points(tmp_path):
     text = (
         "path,segment_start,segment_end,point_x,point_y,who\n"
         "v.mp4,12.25,15,0.5,0.25,a\nv.mp4,20,21,,,b\nw.mp4,,,,,c\n"
-        "x.mp4,5,5,,,d\ny.mp4,1,,,,e\nz.mp4,-1,5,,,f\nq.mp4,1,2,0.5,1.5,g\nr.mp4,a/b,2,,,h\n"
+        "x.mp4,5,5,,,d\ny.mp4,nan,2,,,e\nz.mp4,-1,5,,,f\nq.mp4,1,2,0.5,1.5,g\nr.mp4,a/b,2,,,h\n"
     )
     rows = rows_in(tmp_path, text)
     assert [(row.tag, row.given.segment, row.given.point) for row in rows[:3]] == [
@@ -163,12 +163,24 @@ def test_segments_and_points(tmp_path):
     ]
     assert [row.problem for row in rows[3:]] == [
         "the segment ends before it starts: 5, 5",
-        "start and end of the segment are no two numbers: 1, None",
+        "start and end of the segment are no two numbers: nan, 2",
         "the segment ends before it starts: -1, 5",
         "the point is no two numbers from 0 to 1: 0.5, 1.5",
         "start and end of the segment are no two numbers: a_b, 2",
     ]
     assert all(row.given.segment is None and row.given.labels for row in rows[3:])
+
+
+def test_segments_that_are_open_at_one_end(tmp_path):
+    rows = rows_in(tmp_path, "path,segment_start,segment_end\nv.mp4,12.5,\nv.mp4,,3\nv.mp4,,\n")
+    assert [(row.tag, row.given.segment) for row in rows] == [
+        ("_12.5-end", (12.5, math.inf)),
+        ("_0-3", (0.0, 3.0)),
+        ("", None),
+    ]
+    assert [Given.from_json(row.given.to_json()) for row in rows] == [row.given for row in rows]
+    (row,) = rows_in(tmp_path, "path,segment_start\nv.mp4,2\n")
+    assert row.given.segment == (2.0, math.inf)
 
 
 def test_two_rows_of_one_segment_are_refused(tmp_path):

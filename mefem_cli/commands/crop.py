@@ -62,13 +62,13 @@ def _warn_of_idle_options(options: CropOptions, given: Given) -> None:
 def _tell(report: CropReport, merged: bool) -> None:
     from mefem_cli import console
 
-    console.note(f"{report.crops:7d} crops")
+    console.note(f"{report.crops:7d} crop{'' if report.crops == 1 else 's'}")
     for reason, count in sorted(report.rejects.items(), key=lambda item: -item[1]):
         console.note(f"{count:7d} {reason}")
     if report.duplicates:
-        console.note(f"{report.duplicates:7d} rows are exact duplicates (duplicate_of in the manifest)")
+        console.note(f"{report.duplicates:7d} exact duplicates among them (duplicate_of in the manifest)")
     if report.vanished:
-        console.note(f"{report.vanished:7d} sources have vanished; what is known of them is kept, and detail says so")
+        console.note(f"{report.vanished:7d} vanished since; what is known of them is kept, and detail says so")
     if report.new == 0 and not merged:
         console.note("nothing new to read")
 
@@ -80,5 +80,12 @@ def _print_preview(plan: dict[str, Any]) -> None:
         console.emit(plan)
         return
     for name, value in plan.items():
-        shown = ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else value
-        print(f"{name.replace('_', ' '):17s}{shown}")
+        shown = ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else str(value)
+        print(f"{name.replace('_', ' '):17s}{_hanging(shown) if name == 'options' else shown}")
+
+
+def _hanging(text: str) -> str:
+    """Break a list into lines that go beside its name."""
+    import textwrap
+
+    return textwrap.fill(text, 110, initial_indent=" " * 17, subsequent_indent=" " * 17, break_on_hyphens=False)[17:]

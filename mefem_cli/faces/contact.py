@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mefem_cli.console import plural
 from mefem_cli.faces import images, reading, video
 from mefem_cli.faces.source import Source, printable
 from mefem_cli.reports import html
@@ -51,7 +52,8 @@ def page(out: Path, rows: pa.Table, shown: pa.Table, max_pixels: int) -> str:
     rows = _with_places(rows, shown)
     reasons = Counter(rows["reason"].to_pylist())
     num_crops = reasons.pop("", 0)
-    lead = f"{num_crops} crops, {reasons.total()} rejects. Samples are evenly spaced over the sources."
+    counts = f"{plural(num_crops, 'crop')}, {plural(reasons.total(), 'reject')}"
+    lead = f"{counts}. Samples are evenly spaced over the sources."
     body = [STYLE]
     if reasons:
         body.append(html.table(["reason", "rejects", "meaning"], _reason_lines(reasons)))
@@ -88,36 +90,35 @@ def _spread(rows: pa.Table, limit: int) -> pa.Table:
     return rows.take(pa.array(np.linspace(0, len(rows) - 1, limit).astype(np.int64)))
 
 
-def _crops(out: Path, rows: pa.Table) -> Iterator[tuple[bytes, str]]:
+def _crops(out: Path, rows: pa.Table) -> Iterator[tuple[bytes, str, str]]:
     for row in _spread(rows.filter(pc.equal(rows["status"], OK)), NUM_CROPS).to_pylist():
         try:
             content = read_crop(out, row["path"], row["crop_offset"], row["crop_bytes"])
             pixels = images.decode(content, max_pixels=1 << 30).pixels
         except (OSError, images.ImageRejected):  # removed by hand: the manifest still tells
             continue
-        yield images.encode_jpeg(images.thumbnail(pixels, CROP_PX), QUALITY), _name(row)
+        yield images.encode_jpeg(images.thumbnail(pixels, CROP_PX), QUALITY), *_names(row)
 
 
-def _name(row: dict) -> str:
-    """Return a file's name, and the frame of a video."""
-    return _file_name(row["source"]) + (f" frame {row['frame']}" if row["frame"] else "")
-
-
-def _file_name(source: str) -> str:
-    return printable(text_to_path(source.rpartition("/")[2]))
+def _names(row: dict) -> tuple[str, str]:
+    """Return a file's name with its folder's, and the whole name of the source; a video's with the frame."""
+    frame = f" frame {row['frame']}" if row["frame"] else ""
+    whole = printable(text_to_path(row["source"]))
+    below = whole.split("/")[1:] or [whole]  # all sources of one argument share its first part
+    return "/".join(below[-2:]) + frame, whole + frame
 
 
 def _rejects(rows: pa.Table, max_pixels: int) -> Iterator[str]:
     """Yield a picture of each reject that can be shown, then a list of the others."""
     figures, lines = [], []
     for row in rows.to_pylist():
-        name, detail = escape(_name(row)), escape(row["detail"])
+        name, whole, detail = *map(escape, _names(row)), escape(row["detail"])
         drawing = _drawing(row, max_pixels) if row["width"] and row["reason"] != "too-large" else None
         if drawing is None:
-            lines.append(f"<li><code>{name}</code> {detail}</li>")
+            lines.append(f'<li title="{whole}"><code>{name}</code> {detail}</li>')
         else:
             caption = f'<figcaption>{name}<br><span class="soft">{detail}</span></figcaption>'
-            figures.append(f"<figure>{drawing}{caption}</figure>")
+            figures.append(f'<figure title="{whole}">{drawing}{caption}</figure>')
     if figures:
         yield f'<div class="rejects">{"".join(figures)}</div>'
     if lines:

@@ -258,7 +258,7 @@ class Cropper:
         except MemoryError:
             rows.append(failed_row(source, images.TOO_LARGE, "not enough memory to find faces in it", **known))
         if not rows:
-            where = "" if given.segment is None else " in the segment {:g} to {:g} s".format(*given.segment)
+            where = "" if given.segment is None else " in the segment from {:g} to {:g} s".format(*given.segment)
             rows.append(failed_row(source, images.UNREADABLE, f"the video has no frame{where}", **known))
         return rows
 

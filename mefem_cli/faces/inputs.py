@@ -114,6 +114,7 @@ class _Finder:
             if not self._is_label_table(path):
                 yield from self._table(path, name)
         else:
+            _refuse_list(path, start)
             yield self._source(name, path, status)
 
     def _is_label_table(self, path: str) -> bool:
@@ -333,6 +334,14 @@ def _is_table(path: str, start: bytes) -> bool:
     """Whether a named file is a table; plain text only if its first line names a column `path`."""
     is_text = path.lower().endswith(".txt")
     return tables.is_table(path, start) and (not is_text or b"path" in start.partition(b"\n")[0].lower())
+
+
+def _refuse_list(path: str, start: bytes) -> None:
+    """Raise UsageError for a text that lists paths, which stdin takes."""
+    first = os.fsdecode(start.partition(b"\n")[0].strip())
+    if first and b"\0" not in start and not images.begins_like_image(start) and os.path.lexists(first):
+        shown = printable(path)
+        raise UsageError(f"{shown} begins with the path of a file; for a list of paths type mefem crop - < {shown}")
 
 
 def _media(sample: shards.Sample) -> Iterator[shards.Member]:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mefem_cli import console
+from mefem_cli.console import plural
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.faces import images, labels, manifest, packing
 from mefem_cli.faces.crop import CropOptions, Cropper
@@ -204,7 +205,7 @@ def _crop_pending(plan: Plan, out: Path, options: CropOptions, journal: Journal)
             rows = [row for source, result in zip(sources, results, strict=True) for row in _rows(source, result)]
             tally.update(row["status"] for row in rows)
             journal.append(rows)
-            bar.advance(len(sources), f"{tally[OK]} crops, {tally[REJECTED]} rejects")
+            bar.advance(len(sources), f"{plural(tally[OK], 'crop')}, {plural(tally[REJECTED], 'reject')}")
 
 
 def _rows(source: Source, result: list[Row] | Died) -> list[Row]:
@@ -291,8 +292,8 @@ def refuse_too_few(report: CropReport, options: CropOptions) -> None:
         raise NoInputError(f"no usable face: {reasons}; {report.out / CONTACT} shows them")
     if options.too_many(num_rejects, num_rejects + report.crops):
         raise NoInputError(
-            f"{num_rejects} rejects beside {report.crops} crops are more than --max-rejects {options.max_rejects}: "
-            f"{reasons}; {report.out} is complete all the same, {CONTACT} shows them"
+            f"--max-rejects {options.max_rejects} allows fewer than {plural(num_rejects, 'reject')} beside "
+            f"{plural(report.crops, 'crop')}: {reasons}; {report.out} is complete all the same, {CONTACT} shows them"
         )
 
 

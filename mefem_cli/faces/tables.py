@@ -1,8 +1,9 @@
 """A table as a source of `mefem crop`: each row names a file, with boxes, a segment and labels as the table has them.
 
 `path` names the file, from the table's folder. `box`, or `box_x, box_y, box_w, box_h`, is a face in it; rows with one
-path are several faces of one picture. `segment_start, segment_end` (seconds) are a part of a video, `point_x, point_y`
-(shares of width and height) choose the nearest face. All other columns are labels. A CSV of AVSpeech needs no header.
+path are several faces of one picture. `segment_start, segment_end` (seconds; one of them may be missing) are a part of
+a video, `point_x, point_y` (shares of width and height) choose the nearest face. All other columns are labels. A CSV of
+AVSpeech needs no header.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TEXT_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".txt"})
 TABLE_SUFFIXES = frozenset({".parquet", ".pq", ".xlsx", ".xls"})  # Excel's are tables too: the reader says what to do
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LEAVES = "the path leaves the table's folder"
-MISSING = "no such file"
+MISSING = "no clip of it is in the table's folder or below"
 MOST_SCATTERED = 1_000_000  # rows of pictures whose rows do not follow each other; they wait in memory
 
 
@@ -107,7 +108,7 @@ class _Reader:
             known = ", ".join(table.names)[:200]
             raise UsageError(f'{table.path} has no column "{PATH}" that names files, but {known}{hint}')
         self.table, self.boxes = table, box_columns(table)
-        self.segment, self.point = _pair(table, SEGMENT), _pair(table, POINT)
+        self.segment, self.point = [name for name in SEGMENT if name in table.names], _pair(table, POINT)
         self._raw = list(dict.fromkeys([PATH, *self.boxes, *self.segment, *self.point]))
         own = {*self._raw, *(BOX_COLUMNS if self.boxes else ())}
         self._labels = [name for name in table.can_label if name not in own]
@@ -122,7 +123,7 @@ class _Reader:
         for batch in self.table.batches(names, self._raw):
             paths = as_texts(batch.column(0)).to_pylist()
             faces = list(faces_of(batch, self.boxes)) if self.boxes else [None] * len(paths)
-            segments, points = (_pairs(batch, pair) for pair in (self.segment, self.point))
+            segments, points = _pairs(batch, SEGMENT), _pairs(batch, POINT)
             columns = [batch.column(name).to_pylist() for name in names]
             for index, path in enumerate(paths):
                 number += 1
@@ -137,10 +138,11 @@ def _pair(table: Table, pair: tuple[str, str]) -> list[str]:
     return found
 
 
-def _pairs(batch: pa.RecordBatch, pair: list[str]) -> list[Any]:
-    if not pair:
-        return [(None, None)] * len(batch)
-    return list(zip(*(numbers_of(batch.column(name)) for name in pair), strict=True))
+def _pairs(batch: pa.RecordBatch, pair: tuple[str, str]) -> list[Any]:
+    """Return two columns row by row; one that the table does not have is None."""
+    known = batch.schema.names
+    columns = [numbers_of(batch.column(name)) if name in known else [None] * len(batch) for name in pair]
+    return list(zip(*columns, strict=True))
 
 
 def _label(value: str | float | None) -> Label:
@@ -164,6 +166,8 @@ def _row(
     path, problem = place
     tag = ""
     if segment != (None, None):
+        start, end = segment
+        segment = (0.0 if start is None else start, math.inf if end is None else end)
         problem = problem or _segment_problem(*segment)
         tag = f"_{_short(segment[0])}-{_short(segment[1])}"
     if point != (None, None):
@@ -176,7 +180,7 @@ def _row(
 
 
 def _segment_problem(start: Any, end: Any) -> str:
-    if not all(isinstance(one, float) and math.isfinite(one) for one in (start, end)):
+    if not all(isinstance(one, float) and not math.isnan(one) for one in (start, end)):
         return f"start and end of the segment are no two numbers: {_shown(start, end)}"
     return "" if 0 <= start < end else f"the segment ends before it starts: {_shown(start, end)}"
 
@@ -192,6 +196,8 @@ def _shown(*values: Any) -> str:
 
 def _short(value: Any) -> str:
     """Return seconds or a share with at most six digits behind the point, as names of sources have them."""
+    if value == math.inf:
+        return "end"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.6f}".rstrip("0").rstrip(".")
     return str(value)[:20].replace("/", "_")

@@ -178,7 +178,8 @@ def read_frames(
     `first` is the frame on screen at the start, `middle` at half of the length, `best` yields up to NUM_CANDIDATES
     evenly spaced frames for the caller to choose from, `every` the frames on screen at 0, 1, 2 ... steps, a number the
     frame with that index (where the frame rate varies, the one on screen then). `segment` (start, end in seconds)
-    stands for the whole video, also for a number; `Frame.index` and `Frame.seconds` stay those of the whole.
+    stands for the whole video, also for a number, and may end at infinity; `Frame.index` and `Frame.seconds` stay those
+    of the whole.
 
     Raises ImageRejected `unreadable` where a wanted frame is damaged or lies behind the end of a truncated file, and
     `too-large` before a frame of more than `max_pixels` is decoded. `best` gives what can be decoded of its candidates;
@@ -250,7 +251,7 @@ def _read(
         for seconds in _wanted_times(video, choice, segment):
             shown = video.shown_at(seconds)
             if shown is None and choice.kind == "every" and video.is_over:
-                video.check_whole(None if segment is None else segment[1])
+                video.check_whole(math.inf if segment is None else segment[1])
                 break
             if shown is None:
                 lacking.append(seconds)
@@ -266,7 +267,7 @@ def _read(
 def _wanted_times(video: _Video, choice: FrameChoice, segment: tuple[float, float] | None) -> Iterator[float]:
     """Yield the times, in seconds from the first frame, whose frames are wanted."""
     begin, end = (0.0, math.inf) if segment is None else segment
-    if segment is not None and not 0 <= begin < end < math.inf:
+    if segment is not None and not 0 <= begin < end:
         raise ImageRejected(UNREADABLE, f"no segment goes from {begin:g} to {end:g} s")
     if choice.kind == "first":
         yield begin
@@ -591,12 +592,12 @@ class _Video:
             end = reach = count * self._duration
         return (None if end == -math.inf else end), reach
 
-    def check_whole(self, end: float | None) -> None:
+    def check_whole(self, end: float) -> None:
         """Raise ImageRejected if the file breaks off before `end` seconds, or the end that its header promises."""
         promised = self._promised_end()
         if promised is None:
             return
-        wanted = promised if end is None else min(promised, self._ticks(end))
+        wanted = promised if end == math.inf else min(promised, self._ticks(end))
         _, reach = self._measure(None) if self._reach == -math.inf else (None, self._reach)
         if reach < wanted - BROKEN_OFF / self.tick:
             raise ImageRejected(UNREADABLE, self._broken_off(reach, promised))

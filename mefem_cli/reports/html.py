@@ -95,12 +95,13 @@ def code(lines: Iterable[str]) -> str:
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
-def tiles(pictures: Iterable[tuple[bytes, str]]) -> str:
-    """Return small JPEG pictures with captions in a row that wraps."""
+def tiles(pictures: Iterable[tuple[bytes, str] | tuple[bytes, str, str]]) -> str:
+    """Return small JPEG pictures with captions, and titles that show under the pointer, in a row that wraps."""
     items = []
-    for data, caption in pictures:
+    for data, caption, *title in pictures:
         picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
-        items.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
+        hover = f' title="{escape(title[0])}"' if title else ""
+        items.append(f"<figure{hover}>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="tiles">{"".join(items)}</div>'
 
 
