@@ -1,12 +1,15 @@
 """How fast is `mefem pretrain`? Each figure is a ratio to a baseline of the same run: medians of interleaved repeats.
 
     python examples/benchmarks/pretrain.py                  all sections
+    python examples/benchmarks/pretrain.py loader           decoders, and loading against the usual pipeline
     python examples/benchmarks/pretrain.py masks            multiblock against lightly's I-JEPA collator, tables, share
     python examples/benchmarks/pretrain.py step             ViT-S/16 on the CPU against its bare products and lightly
+    python examples/benchmarks/pretrain.py memory           a million crops, and a run of ViT-S/16 at batch 32
     python examples/benchmarks/pretrain.py gpu              ViT-S/16 and ViT-B/16 against the rate of an 8192 product
 
-Wants `pip install ".[reference]"`. The CPU sections take under two minutes each on two free cores. On a busy machine
-compare the columns in CPU seconds, which leave out the time that other processes had.
+Wants `pip install ".[reference]"`, and for crops to load photos (`--photos`). The CPU sections take under two minutes
+each on two free cores. On a busy machine compare the columns in CPU seconds, which leave out the time that other
+processes had.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from contenders import STEPS, Setting, Step, count_operations, our_step, our_trainer
+from loading import loader, make_data
+from measuring import interleaved, median, ratio, table
 
 from mefem_cli import parts
 from mefem_cli.engine import allocator
@@ -99,12 +103,12 @@ def step(arguments: argparse.Namespace) -> None:
 def peak_memory(name: str, setting: Setting, arguments: argparse.Namespace) -> float:
     """Return the peak memory of two steps in a process of their own, MiB, PyTorch itself included."""
     options = ["--precision", setting.precision, "--batch-size", str(setting.batch_size)]
-    command = [sys.executable, __file__, "memory", "--only", name, "--backbone", setting.backbone, *options]
+    command = [sys.executable, __file__, "step-memory", "--only", name, "--backbone", setting.backbone, *options]
     command += ["--threads", str(arguments.threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def memory(arguments: argparse.Namespace) -> None:
+def step_memory(arguments: argparse.Namespace) -> None:
     """Print the peak memory of this process after two steps, MiB."""
     take_step = STEPS[arguments.only](
         Setting(arguments.backbone, arguments.batch_size, precision=arguments.precision[0])
@@ -205,47 +209,39 @@ def where_the_time_goes(take_step: Step, title: str) -> None:
     table(f"{title}: where a step of {wall:.1f} ms (profiled) goes", ("kind", "ms", "share"), rows)
 
 
-# The loader -----------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
-# Measuring and printing -----------------------------------------------------------------------------------------------
-
-Seconds = Mapping[str, list[float]]  # "wall" and "cpu"
-
-
-def interleaved(tasks: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Run the tasks in turn, again and again, so that what disturbs the machine disturbs all; one turn warms up."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in tasks}
-    for turn in range(repeats + 1):
-        for name, task in tasks.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            task()
-            if turn:
-                seconds[name]["wall"].append(time.perf_counter() - wall)
-                seconds[name]["cpu"].append(time.process_time() - cpu)
-    return seconds
+def memory(arguments: argparse.Namespace) -> None:
+    """Print the memory that the index of a million crops takes, and that of a whole run of ViT-S/16 at batch 32."""
+    with tempfile.TemporaryDirectory(prefix="mefem-benchmark-") as name:
+        folder = Path(name)
+        _million("make", folder / "million")
+        mebibytes, seconds = map(float, _million("open", folder / "million").split())
+        rows = [("added by opening 1,000,000 crops", f"{mebibytes:.0f}", f"{seconds:.1f}")]
+        make_data(arguments.photos, folder / "crops")
+        command = [sys.executable, "-m", "mefem_cli", "pretrain", str(folder / "crops"), "-o", str(folder / "run")]
+        command += ["--epochs", "1", "--batch-size", "32", "--limit", "160", "--monitor", "32", "--backbone"]
+        begun = time.perf_counter()
+        peak = _peak([*command, "vit_small_patch16_224"], folder)
+        rows.append(("mefem pretrain, ViT-S/16, batch 32", f"{peak:.0f}", f"{time.perf_counter() - begun:.0f}"))
+    table("memory", ("what", "MiB", "s"), rows)
 
 
-def median(seconds: Seconds, clock: str) -> float:
-    """Return the median of one clock."""
-    return statistics.median(seconds[clock])
+def _million(verb: str, folder: Path) -> str:
+    command = [sys.executable, str(Path(__file__).with_name("million.py")), verb, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def ratio(seconds: Mapping[str, Seconds], name: str, baseline: str, clock: str) -> float:
-    """Return the median over turns of a task's time to the baseline's in the same turn."""
-    pairs = zip(seconds[name][clock], seconds[baseline][clock], strict=True)
-    return statistics.median(one / other for one, other in pairs)
-
-
-def table(title: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n{title}; load {os.getloadavg()[0]:.1f}\n")
-    lines = [header, *(tuple(map(str, row)) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for number, line in enumerate(lines):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|", flush=True)
+def _peak(command: list[str], folder: Path) -> float:
+    """Run a command; return the most memory that it held, MiB."""
+    job = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert job.stderr is not None
+    told = job.stderr.read()
+    _, status, usage = os.wait4(job.pid, 0)
+    if status:
+        raise SystemExit(told.decode())
+    return usage.ru_maxrss / 1024
 
 
 def machine() -> str:
@@ -255,24 +251,30 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-SECTIONS = {"masks": masks, "step": step, "gpu": gpu}
+SECTIONS = {"loader": loader, "masks": masks, "step": step, "memory": memory, "gpu": gpu}
 
 
 def main() -> None:
     """Run the sections that were named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", choices=[*SECTIONS, "memory"], default=list(SECTIONS))
+    parser.add_argument("section", nargs="*", choices=[*SECTIONS, "step-memory"], default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--backbone", default="vit_small_patch16_224")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=Path("../shared/data/faces"),
+        help="photos to cut crops from (default: %(default)s)",
+    )
     parser.add_argument("--only", choices=list(STEPS), default="mefem", help="the step whose memory is measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()  # as mefem pretrain does on a CPU; it serves all steps alike
-    if arguments.section == ["memory"]:
-        memory(arguments)
+    if arguments.section == ["step-memory"]:
+        step_memory(arguments)
         return
     print(machine())
     for name in arguments.section:
