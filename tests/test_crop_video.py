@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mefem_cli.errors import MefemError, UsageError
-from mefem_cli.faces import images, video
+from mefem_cli.faces import images, video_stream
 from mefem_cli.faces.images import ImageRejected
-from mefem_cli.faces.video import Frame, begins_like_video, parse_frame_choice, read_frames
+from mefem_cli.faces.video import Frame, parse_frame_choice, read_frames
+from mefem_cli.faces.video_kinds import VIDEO_SUFFIXES, begins_like_video
 
 av = pytest.importorskip("av")
 
@@ -195,10 +196,12 @@ def test_segments_that_leave_the_video(get_video: Callable[[str], Path]) -> None
     path = get_video("h264.mp4")
     assert numbers(path, "middle", segment=(2.0, 100.0)) == [55]
     assert numbers(path, "every:200ms", segment=(2.0, 100.0)) == [50, 55]
+    assert numbers(path, "middle", segment=(2.0, math.inf)) == [55]
+    assert numbers(path, "every:200ms", segment=(2.0, math.inf)) == [50, 55]
     assert "has 60 frames" in rejection(path, "first", segment=(2.5, 3.0)).detail
     assert "ends at 2.4 s" in rejection(path, "middle", segment=(2.5, 3.0)).detail
     assert "has no frame 15" in rejection(path, "15", segment=(0.8, 1.2)).detail
-    for start, end in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (0.0, math.inf)):
+    for start, end in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (math.inf, math.inf)):
         assert "no segment" in rejection(path, "middle", segment=(start, end)).detail
 
 
@@ -256,13 +259,13 @@ class Work(Counter):
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     counts = Work()
     for name in ("_decode", "_try_seek"):
-        original = getattr(video._Video, name)
+        original = getattr(video_stream.Video, name)
 
         def counting(self: Any, *args: Any, name: str = name, original: Callable = original) -> Any:
             counts[name] += args[0] is not None
             return original(self, *args)
 
-        monkeypatch.setattr(video._Video, name, counting)
+        monkeypatch.setattr(video_stream.Video, name, counting)
     return counts
 
 
@@ -314,13 +317,15 @@ def test_frames_that_no_other_needs_are_skipped_without_trace(long_videos: dict[
 
 def test_a_keyframe_that_seeking_misses_is_found_from_further_back(long_videos: dict[str, Path]) -> None:
     """Containers that seek by bytes land behind the keyframe; here seeking always lands late, or fails."""
-    original = video._Video._try_seek
+    original = video_stream.Video._try_seek
     with pytest.MonkeyPatch.context() as patch:
         for seconds in (2, 9):
-            patch.setattr(video._Video, "_try_seek", lambda self, to, by=seconds: original(self, to + by / self.tick))
+            patch.setattr(
+                video_stream.Video, "_try_seek", lambda self, to, by=seconds: original(self, to + by / self.tick)
+            )
             for choice in ("450", "441", "459", "899"):
                 assert numbers(long_videos["long.mp4"], choice) == [int(choice)]
-        patch.setattr(video._Video, "_try_seek", lambda self, target: False)
+        patch.setattr(video_stream.Video, "_try_seek", lambda self, target: False)
         assert numbers(long_videos["long.mp4"], "459") == [459]
 
 
@@ -544,7 +549,7 @@ def test_a_cover_is_no_video(tmp_path: Path) -> None:
         stream = container.streams.video[0]
         stream.disposition = av.stream.Disposition.attached_pic
         with pytest.raises(ImageRejected, match="no video"):
-            video._video_stream(container, MAX_PIXELS)
+            video_stream._video_stream(container, MAX_PIXELS)
 
 
 @pytest.fixture(scope="session", params=["mp4", "mkv"])
@@ -622,7 +627,7 @@ def test_a_lost_group_of_pictures_is_not_replaced_by_an_earlier_frame(
 def test_large_frames_are_rejected_before_they_are_decoded(
     get_video: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video._Video, "_decode", lambda *args: pytest.fail("it was decoded"))
+    monkeypatch.setattr(video_stream.Video, "_decode", lambda *args: pytest.fail("it was decoded"))
     rejected = rejection(get_video("h264.mp4"), "first", max_pixels=WIDTH * HEIGHT - 1)
     assert (rejected.reason, rejected.width, rejected.height) == (images.TOO_LARGE, WIDTH, HEIGHT)
 
@@ -725,7 +730,7 @@ def test_the_grid_clips(shared_data: Path) -> None:
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_videos_are_known_by_their_beginning(name: str, get_video: Callable[[str], Path]) -> None:
     assert begins_like_video(get_video(name).read_bytes()[:64])
-    assert get_video(name).suffix in video.VIDEO_SUFFIXES
+    assert get_video(name).suffix in VIDEO_SUFFIXES
 
 
 @pytest.mark.parametrize(

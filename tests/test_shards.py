@@ -26,8 +26,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mefem_cli.errors import MefemError, OutputError
-from mefem_cli.stores import shards
-from mefem_cli.stores.shards import DamagedShard, Member, Place, ShardReader, ShardWriter
+from mefem_cli.stores import samples, shards
+from mefem_cli.stores.shard_writer import Place, ShardWriter
+from mefem_cli.stores.shards import DamagedShard, Member, ShardReader
 
 BLOCK, RECORD = 512, 10_240
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -344,7 +345,7 @@ def test_whatever_the_bytes_it_ends_and_stays_in_the_file(folder, data):
     assert all(0 < one.offset <= one.offset + one.size <= len(content) for one in found)
     assert "\n" not in damage
     try:
-        assert sum(len(sample.files) for sample in shards.samples(path)) <= len(found)
+        assert sum(len(sample.files) for sample in samples.samples(path)) <= len(found)
     except DamagedShard as error:
         assert error.detail == damage
 
@@ -410,7 +411,7 @@ def reference_samples(found: list[Member]) -> list[tuple[str, list[str]]]:
 
 
 def keys_and_extensions(path) -> list[tuple[str, list[str]]]:
-    return [(sample.key, list(sample.files)) for sample in shards.samples(path)]
+    return [(sample.key, list(sample.files)) for sample in samples.samples(path)]
 
 
 stems = st.sampled_from(["a", "b", "00/a", "00/b", "./a", "x.y/a", "0.1/b-2", "é"])
@@ -445,7 +446,7 @@ def test_samples_are_those_of_webdataset(tmp_path):
     assert len(wanted) == 20
     found = []
     for path in paths:
-        for sample in shards.samples(path):
+        for sample in samples.samples(path):
             if sample.key != "README":
                 contents = {name: ShardReader().read(path, one.offset, one.size) for name, one in sample.files.items()}
                 found.append({"__key__": sample.key, **contents})
@@ -467,20 +468,20 @@ def test_a_doubled_extension_begins_another_sample_and_hidden_files_are_none(sha
     ]
     path = shard(tar_of([(name, b"") for name in files]))
     skipped: Counter[str] = Counter()
-    found = [(sample.key, [one.name for one in sample.files.values()]) for sample in shards.samples(path, skipped)]
+    found = [(sample.key, [one.name for one in sample.files.values()]) for sample in samples.samples(path, skipped)]
     wanted = [("README", ["README"]), ("a", ["a.jpg", "a.json"]), ("a", ["a.JPG", "a.txt"])]
     assert found == [*wanted, ("./c", ["./c.jpg"]), ("../d", ["../d.jpg"])]
     assert skipped == {"hidden": 2, "webdataset's own": 1}
-    monkeypatch.setattr(shards, "MAX_FILES_A_SAMPLE", 2)
+    monkeypatch.setattr(samples, "MAX_FILES_A_SAMPLE", 2)
     path = shard(tar_of([(f"a.{index}", b"") for index in range(5)]))
-    assert [len(sample.files) for sample in shards.samples(path)] == [2, 2, 1]
+    assert [len(sample.files) for sample in samples.samples(path)] == [2, 2, 1]
 
 
 def test_the_samples_before_the_damage_are_given(shard):
     content = tar_of([("a.jpg", b"a"), ("a.json", b"{}"), ("b.jpg", b"b"), ("b.json", b"{}")])
     path, seen = shard(content[: 7 * BLOCK]), []
     with pytest.raises(DamagedShard, match="cut short: 'b.json' has 2 bytes, 0 are there"):
-        for sample in shards.samples(path):
+        for sample in samples.samples(path):
             seen.append((sample.key, list(sample.files)))
     assert seen == [("a", ["jpg", "json"]), ("b", ["jpg"])]
 
@@ -490,9 +491,9 @@ def test_the_samples_before_the_damage_are_given(shard):
 
 def labels_of(shard, **contents: bytes) -> tuple[dict, str]:
     path = shard(tar_of([(f"a.{extension}", content) for extension, content in contents.items()]))
-    (sample,) = shards.samples(path)
+    (sample,) = samples.samples(path)
     with path.open("rb") as file:
-        return shards.sample_labels(sample, file.fileno())
+        return samples.sample_labels(sample, file.fileno())
 
 
 def test_the_fields_of_a_json_sidecar_are_labels(shard):
@@ -550,7 +551,7 @@ def test_odd_json_is_a_remark_and_no_crash(shard, content, labels, remark):
 
 def test_json_of_any_depth_is_a_label_or_a_remark():
     """Writing a value as text takes more of the stack than reading it."""
-    read = shards.SIDECARS["json"]
+    read = samples.SIDECARS["json"]
     remarks = [read(b'{"a": %s%s}' % (b"[" * depth, b"]" * depth))[1] for depth in range(500, 1100)]
     assert (remarks[0], remarks[-1], set(remarks)) == ("", "is no JSON", {"", "is no JSON"})
 

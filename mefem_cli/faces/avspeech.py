@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mefem_cli.faces.source import hash63
-from mefem_cli.faces.video import VIDEO_SUFFIXES
+from mefem_cli.faces.video_kinds import VIDEO_SUFFIXES
 from mefem_cli.stores.tables import HashIndex, to_numbers
 
 COLUMNS = ["youtube_id", "start", "end", "x", "y"]

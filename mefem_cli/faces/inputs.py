@@ -23,9 +23,10 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.faces import images, tables
 from mefem_cli.faces.listing import Listing, without_repeats
 from mefem_cli.faces.source import NOTHING, Given, GivenFace, Label, Source, hash63, printable
-from mefem_cli.faces.video import VIDEO_SUFFIXES
+from mefem_cli.faces.video_kinds import VIDEO_SUFFIXES
 from mefem_cli.stores import shards
 from mefem_cli.stores.crops import MANIFEST, PROVENANCE
+from mefem_cli.stores.samples import Sample, sample_labels, samples
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 IMAGE_SUFFIXES |= {".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pnm"}
@@ -224,7 +225,7 @@ class _Finder:
             return
         try:
             with open(path, "rb") as file:
-                for sample in shards.samples(path, self.listing.skipped):
+                for sample in samples(path, self.listing.skipped):
                     labels = {**self._sidecars.of_sample(path, sample.key), **self._labels(sample, file.fileno())}
                     for member in _media(sample):
                         yield self._member(path, name, member, labels, status.st_mtime_ns)
@@ -239,8 +240,8 @@ class _Finder:
         where: dict[str, Any] = {"member": member.name, "offset": member.offset, "given": given}
         return Source(f"{name}/{inside}", path, member.size, mtime, problem, **where)
 
-    def _labels(self, sample: shards.Sample, descriptor: int) -> dict[str, Label]:
-        labels, remark = shards.sample_labels(sample, descriptor)
+    def _labels(self, sample: Sample, descriptor: int) -> dict[str, Label]:
+        labels, remark = sample_labels(sample, descriptor)
         if remark:
             self.listing.skipped["sidecar that is not used"] += 1
         return tables.useful(labels)
@@ -344,7 +345,7 @@ def _refuse_list(path: str, start: bytes) -> None:
         raise UsageError(f"{shown} begins with the path of a file; for a list of paths type mefem crop - < {shown}")
 
 
-def _media(sample: shards.Sample) -> Iterator[shards.Member]:
+def _media(sample: Sample) -> Iterator[shards.Member]:
     for member in sample.files.values():
         suffix = os.path.splitext(member.name)[1].lower()
         if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from mefem_cli.faces.journal import FOLDER
 from mefem_cli.faces.source import hash63
 from mefem_cli.stores.crops import KEYPOINTS, LABEL, SHARDS, read_crop
-from mefem_cli.stores.shards import ShardWriter
+from mefem_cli.stores.shard_writer import ShardWriter
 
 BYTES_PER_SHARD = 1 << 30
 BATCH = 4096  # rows described at a time

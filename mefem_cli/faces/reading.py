@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from mefem_cli.faces import images, video
+from mefem_cli.faces import images
 from mefem_cli.faces.source import WHOLE_FILE, Source
+from mefem_cli.faces.video_kinds import begins_like_video
 
 BEGINNING = 64  # bytes that tell a video from a picture
 LONGEST_HASHED_VIDEO = 256 << 20  # bytes; to hash a longer one would cost more than to read a frame of it
@@ -35,7 +36,7 @@ def opened(source: Source, max_pixels: int) -> Iterator[OpenSource]:
     try:
         descriptor = os.open(source.path, os.O_RDONLY)
         with Section(descriptor, max(source.offset, 0), source.size) as file:
-            is_video = video.begins_like_video(file.read(BEGINNING))
+            is_video = begins_like_video(file.read(BEGINNING))
             if not is_video and source.size > max_pixels * images.MAX_BYTES_PER_PIXEL:
                 detail = f"the file has {source.size} bytes; --max-pixels is {max_pixels}"
                 raise images.ImageRejected(images.TOO_LARGE, detail)

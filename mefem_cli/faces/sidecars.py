@@ -17,7 +17,7 @@ import pyarrow as pa
 from mefem_cli import console
 from mefem_cli.errors import UsageError
 from mefem_cli.faces.source import Label, hash63, printable
-from mefem_cli.stores.shards import MAX_SIDECAR_BYTES, SIDECARS
+from mefem_cli.stores.samples import MAX_SIDECAR_BYTES, SIDECARS
 from mefem_cli.stores.tables import HashIndex, ParquetTable, Rows, as_texts, open_table, spooled
 
 KEY = "key"

@@ -1,54 +1,36 @@
-"""Tar shards in webdataset layout: what is in one, its samples and their labels, and how one is written and read.
+"""Tar shards: what is in one, listed from its headers, and bytes read where they lie.
 
-A shard is a plain tar. Files that share a path up to the first dot of the base name, one after the other, are a sample:
-`00/17.jpg`, `00/17.json` and `00/17.seg.png` are the files `jpg`, `json` and `seg.png` of the sample `00/17`. An index
-(name, offset, size) reads headers only; a file's bytes are then read where they lie. Whatever bytes a shard holds,
-listing it ends, in bounded memory, with the whole members before the first damage and then `DamagedShard`.
+A shard is a plain tar. An index (name, offset, size) reads headers only. Whatever bytes a shard holds, listing it
+ends, in bounded memory, with the whole members before the first damage and then `DamagedShard`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import stat
 import sys
-import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from mefem_cli.errors import NoInputError, OutputError
-from mefem_cli.stores import product
-
-Label = str | float | None
+from mefem_cli.errors import NoInputError
 
 BLOCK = 512  # bytes; headers and contents fill whole ones
 RECORD = 20 * BLOCK  # tar programs end an archive at a multiple of it
 MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax header; real ones have a few hundred
-MAX_FILES_A_SAMPLE = 1024  # names with many dots can make a whole shard one sample; this bounds the memory
 INDEX_BATCH = 1 << 16  # members
 READ_AHEAD = 4 << 20  # bytes; one header at a time, a disk takes 0.15 ms for each of a million crops; ahead, 0.01 ms
 READ_AHEAD_BELOW = 1 << 18  # bytes of a member; larger ones are better passed over
-MAX_SIDECAR_BYTES = 1 << 20
-MAX_FIELDS = 256  # of a json sidecar; each becomes a column
-MAX_FIELD_NAME = 200  # characters
-EXACT_INTEGERS = 1 << 53  # a larger one loses digits as float64, and is an identifier, not a measure
-NOT_LABELS = frozenset({"exif"})  # downloaders copy it into the json; it holds places and names
+MAX_SHOWN_NAME = 200  # bytes of a name in a message
 MAX_NAME_PART = 255  # bytes between two slashes that a file system takes
-HIDDEN = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")  # a part that begins with a dot, but . and ..
-WEBDATASET_OWN = re.compile("__[^/]*__(?:$|/)")
-WRITE_BUFFER_BYTES = 1 << 20
 
 REGULAR = frozenset({b"0", b"\0", b"7"})
 WITHOUT_CONTENT = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"5": "", b"6": "device"}
@@ -76,21 +58,6 @@ class Member(NamedTuple):
     """A regular file in a shard: its name as the file system spells it, where its bytes begin, how many there are."""
 
     name: str
-    offset: int
-    size: int
-
-
-class Sample(NamedTuple):
-    """Files that belong together, by extension in lower case; `""` is that of a name without a dot."""
-
-    key: str
-    files: dict[str, Member]
-
-
-class Place(NamedTuple):
-    """Where a file was written: the shard's name in its folder, the offset of the content in it, and its size."""
-
-    shard: str
     offset: int
     size: int
 
@@ -195,7 +162,7 @@ def _members(descriptor: int, end: int, skipped: Counter[str]) -> Iterator[Membe
         kind, size, begin = header[156:157], _number(header[124:136]), at + BLOCK
         if kind in EXTENSIONS:
             told = _read_extension(told, kind, descriptor, begin, size)
-            at = begin + _padded(size)
+            at = begin + padded(size)
             continue
         name, size = told.name or _name(header), size if told.size is None else told.size
         if kind in WITHOUT_CONTENT or (kind == b"\0" and name.endswith(b"/")):  # the latter is a folder in old tars
@@ -211,7 +178,7 @@ def _members(descriptor: int, end: int, skipped: Counter[str]) -> Iterator[Membe
             what = "special member"
         if what:
             skipped[what] += 1
-        at = begin + _padded(size)
+        at = begin + padded(size)
         told = NOTHING_TOLD
         if at + READ_AHEAD // 2 > ahead and size < READ_AHEAD_BELOW:
             ahead = _read_ahead(descriptor, max(at, ahead))
@@ -283,12 +250,12 @@ def _name(header: bytes) -> bytes:
     return name
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return size + -size % BLOCK
 
 
 def _shown(name: bytes) -> str:
-    return repr(name[:MAX_FIELD_NAME].decode("utf-8", "replace"))
+    return repr(name[:MAX_SHOWN_NAME].decode("utf-8", "replace"))
 
 
 def _read_extension(told: _Told, kind: bytes, descriptor: int, begin: int, size: int) -> _Told:
@@ -341,119 +308,7 @@ def _after_sparse_map(descriptor: int, header: bytes, begin: int) -> int:
     return begin
 
 
-# Samples
-
-
-def samples(path: str | Path, skipped: Counter[str] | None = None) -> Iterator[Sample]:
-    """Yield a shard's samples: files with one key, next to each other (webdataset's rule).
-
-    A file without a dot in its base name is a sample of its own and does not part its neighbours. A second file with
-    the same extension begins another sample with the same key. Hidden files (macOS adds `._17.jpg`) and webdataset's
-    own `__name__` files are none; `skipped` counts them. Raises DamagedShard as `members` does, after the last sample.
-    """
-    skipped = Counter() if skipped is None else skipped
-    current = Sample("", {})
-    try:
-        for member in members(path, skipped):
-            if reason := _why_not_data(member.name):
-                skipped[reason] += 1
-                continue
-            key, extension = _key_and_extension(member.name)
-            if not extension:
-                yield Sample(key, {"": member})
-                continue
-            if key != current.key or extension in current.files or len(current.files) == MAX_FILES_A_SAMPLE:
-                if current.files:
-                    yield current
-                current = Sample(key, {})
-            current.files[extension] = member
-    except DamagedShard:
-        if current.files:
-            yield current
-        raise
-    if current.files:
-        yield current
-
-
-def _why_not_data(name: str) -> str:
-    if (name.startswith(".") or "/." in name) and HIDDEN.search(name):
-        return "hidden"
-    return "webdataset's own" if name.startswith("__") and WEBDATASET_OWN.match(name) else ""
-
-
-def _key_and_extension(name: str) -> tuple[str, str]:
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def sample_labels(sample: Sample, descriptor: int) -> tuple[dict[str, Label], str]:
-    """Return the labels in a sample's sidecars, and a remark about what could not be used ("" if nothing).
-
-    `descriptor` is the open shard. `.txt`: the label `txt`, its text. `.cls`: the label `cls`, a number or text.
-    `.json`: an object whose fields are labels: numbers as float (true is 1, larger ones than 2 ** 53 stay text), null
-    as None, objects and lists as JSON text; `exif` is left out. A field wins over a label of the same name.
-    """
-    labels: dict[str, Label] = {}
-    remarks = []
-    for extension, read in SIDECARS.items():
-        member = sample.files.get(extension)
-        if member is None:
-            continue
-        if member.size > MAX_SIDECAR_BYTES:
-            remarks.append(f"{extension} is not used, it has {member.size} bytes")
-            continue
-        found, remark = read(os.pread(descriptor, member.size, member.offset))
-        labels |= found
-        remarks += [f"{extension} {remark}"] if remark else []
-    return labels, "; ".join(remarks)
-
-
-def _txt_labels(content: bytes) -> tuple[dict[str, Label], str]:
-    return {"txt": _text(content)}, ""
-
-
-def _cls_labels(content: bytes) -> tuple[dict[str, Label], str]:
-    text = _text(content)
-    return {"cls": float(text) if re.fullmatch(r"[+-]?[0-9]{1,15}", text) else text}, ""
-
-
-def _json_labels(content: bytes) -> tuple[dict[str, Label], str]:
-    try:
-        fields = json.loads(content)
-        if not isinstance(fields, dict):
-            return {}, "is no JSON object"
-        names = [name for name in fields if name and len(name) <= MAX_FIELD_NAME and name not in NOT_LABELS]
-        labels = {_clean(name): _label(fields[name]) for name in names[:MAX_FIELDS]}
-    except (ValueError, RecursionError):  # also where it is not UTF-8, or nested too deeply to be read or written again
-        return {}, "is no JSON"
-    return labels, f"has {len(names)} fields, {MAX_FIELDS} are used" if len(names) > MAX_FIELDS else ""
-
-
-def _label(value: Any) -> Label:
-    if value is None or isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, str):
-        return _clean(value)
-    if isinstance(value, int) and abs(value) > EXACT_INTEGERS:
-        return str(value)
-    return float(value) if isinstance(value, int | float) else _clean(json.dumps(value, ensure_ascii=False))
-
-
-def _text(content: bytes) -> str:
-    return _clean(content.decode("utf-8-sig", "replace").strip())
-
-
-def _clean(text: str) -> str:
-    """Return text that Parquet and HDF5 can hold: without zeros, and without the half surrogate pairs of JSON."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-# What a sidecar's content says, by its extension: labels and a remark.
-SIDECARS = {"txt": _txt_labels, "cls": _cls_labels, "json": _json_labels}
-
-
-# Reading and writing
+# Reading
 
 
 class ShardReader:
@@ -496,105 +351,3 @@ class _Opened:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-class ShardWriter:
-    """Writes `00000.tar`, `00001.tar` ... in a folder: equal bytes for equal files, readable by any tar program.
-
-    A shard gets its name when it is complete, and replaces an older one of that name; after an error the one that was
-    being written is removed. One writer at a time may use a folder.
-
-    >>> import tempfile
-    >>> with ShardWriter(Path(tempfile.mkdtemp())) as writer:
-    ...     writer.add_sample("anna", {"jpg": b"picture", "json": b"{}"})["json"]
-    Place(shard='00000.tar', offset=1536, size=2)
-    """
-
-    def __init__(self, folder: Path, bytes_per_shard: int = 1 << 30, first: int = 0):
-        assert bytes_per_shard > 0
-        assert first >= 0
-        self.folder, self.bytes_per_shard = folder, bytes_per_shard
-        self._number = first - 1  # of the shard in hand
-        self._size = 0  # its bytes so far; 0: none is in hand
-        self._stack = ExitStack()
-
-    def __enter__(self) -> ShardWriter:
-        for left in self.folder.glob(".*.tar.*.tmp"):  # of a writer that was killed
-            left.unlink(missing_ok=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._telling():
-            if error is None:
-                self._finish()
-            else:
-                self._stack.__exit__(kind, error, traceback)
-
-    @property
-    def _name(self) -> str:
-        return f"{self._number:05d}.tar"
-
-    def add(self, name: str, content: bytes) -> Place:
-        """Write one file. Raises OutputError where the disk is full or the like."""
-        return self._write([(name, content)])[0]
-
-    def add_sample(self, key: str, files: Mapping[str, bytes]) -> dict[str, Place]:
-        """Write the files of a sample, by extension in lower case, into one shard. Raises OutputError as `add` does."""
-        assert files
-        named = {f"{key}.{extension}": content for extension, content in files.items()}
-        assert [_key_and_extension(name) for name in named] == [(key, extension) for extension in files], key
-        assert not any(_why_not_data(name) for name in named), key
-        return dict(zip(files, self._write(list(named.items())), strict=True))
-
-    def _write(self, files: list[tuple[str, bytes]]) -> list[Place]:
-        headers = [_header(name, len(content)) for name, content in files]
-        wanted = sum(len(header) + _padded(len(content)) for header, (_, content) in zip(headers, files, strict=True))
-        places = []
-        with self._telling():
-            if self._size and _archive_size(self._size + wanted) > self.bytes_per_shard:
-                self._finish()
-            if not self._size:
-                self._begin()
-            for header, (_, content) in zip(headers, files, strict=True):
-                places.append(Place(self._name, self._size + len(header), len(content)))
-                self._file.writelines((header, content, bytes(-len(content) % BLOCK)))
-                self._size += len(header) + _padded(len(content))
-        return places
-
-    def _begin(self) -> None:
-        self._number += 1
-        temporary = self._stack.enter_context(product.writing(self.folder / self._name))
-        self._file = self._stack.enter_context(temporary.open("wb", WRITE_BUFFER_BYTES))
-
-    def _finish(self) -> None:
-        if self._size:
-            self._file.write(bytes(_archive_size(self._size) - self._size))
-            self._size = 0
-            self._stack.close()
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            what = f"{self.folder / self._name} cannot be written: {error.strerror}"
-            raise OutputError(f"{what}; make room or name another --out, then run the command again") from error
-
-
-def _archive_size(size: int) -> int:
-    """Return the bytes of a shard with `size` bytes of members: two zero blocks end it, and it fills whole records."""
-    size += 2 * BLOCK
-    return size + -size % RECORD
-
-
-def _header(name: str, size: int) -> bytes:
-    """Return the header of a regular file: always the same, in POSIX form where that can spell it, else in GNU's."""
-    assert not unsafe_name(name), f"{name!r}: {unsafe_name(name)}"
-    info = tarfile.TarInfo(name)
-    info.size = size
-    try:
-        return info.tobuf(tarfile.USTAR_FORMAT, NAME_ENCODING, "surrogateescape")
-    except ValueError:  # a name of more than 100 bytes that no slash divides well, or 8 GiB
-        return info.tobuf(tarfile.GNU_FORMAT, NAME_ENCODING, "surrogateescape")
