@@ -183,7 +183,9 @@ def test_avspeech(tmp_path):
     crop(tmp_path / "av" / "test.csv", tmp_path / "out")
     found = rows(tmp_path / "out")
     assert [row["frame"] for row in found if row["status"] == "ok"] == [10, 24]
-    assert [row["detail"] for row in found if row["status"] != "ok"] == ["no such file"]
+    assert [row["detail"] for row in found if row["status"] != "ok"] == [
+        "no clip of it is in the table's folder or below"
+    ]
     assert len({row["id"] for row in found}) == 3
 
 
