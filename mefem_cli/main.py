@@ -19,7 +19,7 @@ from mefem_cli.errors import MefemError, NoInputError, OutputError
 
 # In the order of use. Each is a module in commands/ with a docstring (its help), `OPTIONS` (dataclasses whose fields
 # are its options, as "module:class"), optionally `ARGUMENT` (name, help) and `ROOMS` (whose parts' options it offers
-# too), and `run(arguments, given)`.
+# too; see `parts.offered`), and `run(arguments, given)`.
 COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "ablate")
 SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q", "null": "-0"}
 INTERRUPTED, BUG = 130, 1
@@ -94,10 +94,8 @@ def sections(module: ModuleType) -> list[tuple[str, list[parts.Field]]]:
     for spec in module.OPTIONS:
         path, _, class_name = spec.partition(":")
         found.append((parts.class_summary(path, class_name), parts.read_fields(path, class_name)))
-    for room in getattr(module, "ROOMS", ()):
-        for part in parts.names(room):
-            title = f"With {room.rstrip('s')} {part}"
-            found.insert(-1, (title, parts.read_fields(f"{room}.{part}")))
+    for room, part in parts.offered(module):
+        found.insert(-1, (f"With {room.rstrip('s')} {part}", parts.read_fields(f"{room}.{part}")))
     seen: set[str] = set()
     distinct = []
     for title, options in found:

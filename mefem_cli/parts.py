@@ -125,6 +125,20 @@ def load(room: str, name: str) -> ModuleType:
     return importlib.import_module(f"mefem_cli.{room}.{name}")
 
 
+def offered(command: ModuleType) -> list[tuple[str, str]]:
+    """Return the parts whose options a command offers as (room, part).
+
+    Its `ROOMS` name rooms, all of whose parts are meant, or one part as `backbones.vit`; its `LEFT_OUT` names parts
+    of those rooms that are not.
+    """
+    found = []
+    for entry in getattr(command, "ROOMS", ()):
+        room, _, part = entry.partition(".")
+        found += [(room, one) for one in ([part] if part else names(room))]
+    left_out = getattr(command, "LEFT_OUT", ())
+    return [(room, part) for room, part in found if f"{room}.{part}" not in left_out]
+
+
 def summary(module: str) -> str:
     """Return the first line of a module's docstring without importing it."""
     return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]

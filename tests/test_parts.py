@@ -6,6 +6,7 @@ import ast
 import importlib
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -173,6 +174,13 @@ def test_given_builds_several_dataclasses_and_knows_what_nothing_used() -> None:
     assert "width" in chosen and "seed" not in chosen
 
 
+def test_a_command_offers_rooms_without_the_parts_left_out_or_single_parts() -> None:
+    command = ModuleType("command")
+    assert parts.offered(command) == []
+    command.ROOMS, command.LEFT_OUT = ("probes", "backbones.vit"), ("probes.knn", "probes.mlp")
+    assert parts.offered(command) == [("probes", "attentive"), ("probes", "linear"), ("backbones", "vit")]
+
+
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_an_option_is_listed_once_under_the_first_section_that_has_it(command: str) -> None:
     module = importlib.import_module(f"mefem_cli.commands.{command}")
@@ -180,7 +188,7 @@ def test_an_option_is_listed_once_under_the_first_section_that_has_it(command: s
     listed = [option.name for _, options in sections for option in options]
     assert len(set(listed)) == len(listed)
     specs = [tuple(spec.split(":")) for spec in module.OPTIONS]
-    specs += [(f"{room}.{part}", "Options") for room in getattr(module, "ROOMS", ()) for part in parts.names(room)]
+    specs += [(f"{room}.{part}", "Options") for room, part in parts.offered(module)]
     everything = {option.name for path, class_name in specs for option in parts.read_fields(path, class_name)}
     assert set(listed) == everything
     assert sections[-1][0] == parts.class_summary("console", "ConsoleOptions")

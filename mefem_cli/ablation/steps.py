@@ -37,7 +37,7 @@ def options(step: str) -> dict[str, Field]:
     """Return the options of a step that a grid may set, those of all parts included, by name."""
     module = importlib.import_module(f"mefem_cli.commands.{step}")
     sources = [tuple(spec.split(":")) for spec in module.OPTIONS]
-    sources += [(f"{room}.{part}", "Options") for room in getattr(module, "ROOMS", ()) for part in parts.names(room)]
+    sources += [(f"{room}.{part}", "Options") for room, part in parts.offered(module)]
     return _by_name(sources)
 
 
@@ -136,7 +136,7 @@ def used(step: str, given: Assignment) -> dict[str, Field]:
         sources.append((f"objectives.{chosen['objective']}", "Options"))
         if "mask" in _by_name(sources):
             sources.append((f"masks.{chosen['mask']}", "Options"))
-        sources += [(f"backbones.{part}", "Options") for part in parts.names("backbones")]
+        sources += [(f"{room}.{part}", "Options") for room, part in parts.offered(module) if room == "backbones"]
     if step == "probe":
         sources += [(f"probes.{head}", "Options") for head in chosen["head"].split(",")]
     ignored = {name for (option, value), names in IGNORED_WITH.items() if chosen.get(option) == value for name in names}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mefem_cli.parts import Given
 
 ARGUMENT = ("crops", "Crops folders; default: the pipe, else crops/.")
-ROOMS = ("objectives", "masks", "backbones")
+ROOMS = ("objectives", "masks", "backbones.vit")
 OPTIONS = (
     "engine.plan:TrainOptions",
     "engine.device:DeviceOptions",
