@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from mefem_cli.backbones._frozen import FrozenEncoder, Loaded, Preprocessing
 from mefem_cli.engine import checkpoint
 from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.stores import product
@@ -82,11 +83,13 @@ def _create_timm_vit(options: Options, class_token: bool) -> Any:
     return vit
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(FrozenEncoder):
     """A timm VisionTransformer whose tokens are the CLS token, if any, at index 0 and the patches behind it.
 
     `vit` keeps timm's parameter names. Positions are fixed, hence no gradient and no weight decay.
     """
+
+    has_mean = True
 
     def __init__(self, vit: Any, options: Options):
         super().__init__()
@@ -99,7 +102,8 @@ class ViTEncoder(nn.Module):
         self.embed_dim: int = vit.embed_dim
         self.num_heads: int = vit.blocks[0].attn.num_heads
         self.class_token: bool = vit.cls_token is not None
-        self.mean, self.std, self.interpolation = IMAGENET_MEAN, IMAGENET_STD, "bicubic"
+        self.preprocessing = Preprocessing(options.image_size, IMAGENET_MEAN, IMAGENET_STD)
+        self.mean, self.std, self.interpolation = IMAGENET_MEAN, IMAGENET_STD, self.preprocessing.interpolation
         positions = sincos_positions(self.embed_dim, self.grid_size)
         if self.class_token:
             positions = torch.cat([torch.zeros(1, self.embed_dim), positions])
@@ -229,3 +233,12 @@ def load_encoder(path: Path, which: str | None = None) -> tuple[ViTEncoder, dict
         raise NoInputError(f"{weights}: cannot be read as safetensors ({error})") from error
     checkpoint.load_into(encoder.vit, state, weights)
     return encoder.eval().requires_grad_(False), description, weights
+
+
+def load(argument: str, encoder: str | None = None, options: None = None) -> Loaded:
+    """Load an encoder of ours for `mefem embed`; see `load_encoder`."""
+    vit_encoder, description, weights = load_encoder(Path(argument), encoder)
+    which = "source" if weights.name == ENCODER_FILES["source"] else "target"
+    folder = weights.resolve().parent.name
+    name = folder if which == "target" else f"{folder}:source"
+    return Loaded(vit_encoder, name, weights, argument, description, {"encoder": which})
