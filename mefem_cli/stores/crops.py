@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,7 @@ REASONS = ("unreadable", "too-large", "no-face", "border", "small", "low-score",
 KEYPOINTS = tuple(f"kp_{index}_{axis}" for index in range(6) for axis in "xy")
 
 INDEX = ("id", "path", "crop_offset", "crop_bytes")  # the columns that reading a crop takes
+PIECE = 1 << 16  # rows of a manifest that are read at once
 
 _SHARDS = shards.ShardReader()
 _TEXT, _INTEGER, _REAL = pa.string(), pa.int64(), pa.float64()
@@ -102,23 +104,50 @@ def read_manifest(folder: Path, names: Sequence[str] | None = None) -> pa.Table:
 
     Raises NoInputError where `folder` is none, UsageError where a newer version of mefem wrote it.
     """
+    with _opened_manifest(folder) as file:
+        there = file.schema_arrow.names  # an earlier mefem wrote fewer columns
+        rows = file.read([name for name in names if name in there] if names is not None else None)
+    for field in SCHEMA:
+        if field.name not in rows.column_names and (names is None or field.name in names):
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
+
+
+@contextmanager
+def _opened_manifest(folder: Path) -> Iterator[pq.ParquetFile]:
     path = folder / MANIFEST
     if not path.is_file():
         raise NoInputError(_why_no_crops(folder))
     try:
-        there = pq.read_schema(path).names  # an earlier mefem wrote fewer columns
-        rows = pq.read_table(path, columns=[name for name in names if name in there] if names is not None else None)
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            _refuse_other_format(path, file.schema_arrow)
+            yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise NoInputError(f"{path} is damaged ({str(error)[:100]}); type mefem crop ... --overwrite") from error
-    header = json.loads((rows.schema.metadata or {}).get(HEADER_KEY, b"{}"))
+
+
+def _refuse_other_format(path: Path, schema: pa.Schema) -> None:
+    header = json.loads((schema.metadata or {}).get(HEADER_KEY, b"{}"))
     if header.get("format") != FORMAT:
         raise NoInputError(f"{path} was not written by mefem crop")
     if header["version"] > VERSION:
         raise UsageError(f"{path} has version {header['version']}, this mefem reads up to {VERSION}; upgrade mefem-cli")
-    for field in SCHEMA:  # columns that an earlier mefem did not write
-        if field.name not in rows.column_names and (names is None or field.name in names):
-            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-    return rows
+
+
+def _read_index(folder: Path) -> tuple[pa.Table, np.ndarray]:
+    """Return INDEX of the faces that count and their rows in the manifest, read in pieces to hold no more than that."""
+    schema = pa.schema([SCHEMA.field(name) for name in INDEX])
+    with _opened_manifest(folder) as file:
+        there = file.schema_arrow.names
+        pieces, rows, begin = [], [], 0
+        wanted = [name for name in ("status", *INDEX) if name in there]
+        for batch in file.iter_batches(PIECE, columns=wanted, use_threads=False):  # threads decode more at once
+            is_ok = pc.equal(batch["status"], OK)
+            known = [batch[one.name] if one.name in there else pa.nulls(len(batch), one.type) for one in schema]
+            pieces.append(pa.record_batch(known, schema=schema).filter(is_ok))
+            rows.append(begin + np.flatnonzero(is_ok.to_numpy(zero_copy_only=False)))
+            begin += len(batch)
+    return pa.Table.from_batches(pieces, schema), np.concatenate([np.empty(0, np.int64), *rows])
 
 
 def _why_no_crops(folder: Path) -> str:
@@ -147,9 +176,7 @@ class _Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        rows = read_manifest(path, ["status", *INDEX])
-        self.rows = np.flatnonzero(pc.equal(rows["status"], OK).to_numpy(zero_copy_only=False))  # of faces that count
-        self.index = rows.select(INDEX).take(pa.array(self.rows))
+        self.index, self.rows = _read_index(path)
 
     @cached_property
     def size(self) -> int:
@@ -222,8 +249,8 @@ class Crops:
         self._parts = list(parts)
         self._index = index
         self.part_of, self._row_of = part_of, row_of  # of each face: its part, and where it stands in that one's index
-        self._paths = index["path"].combine_chunks()
-        self._offsets, self._sizes = (pc.fill_null(index[name], -1).to_numpy() for name in INDEX[2:])
+        self._paths = index["path"]
+        self._offsets, self._sizes = (_or_minus_one(index[name]) for name in INDEX[2:])
 
     @classmethod
     def open(cls, *folders: Path) -> Crops:
@@ -245,7 +272,9 @@ class Crops:
         return crops
 
     def _refuse_equal_ids(self) -> None:
-        if pc.count_distinct(self._index["id"]).as_py() == len(self):
+        beginnings = np.concatenate([chunk.to_numpy(False).astype("S16") for chunk in self._index["id"].chunks])
+        beginnings.sort()
+        if not (beginnings[1:] == beginnings[:-1]).any():
             return
         order = np.argsort(np.array(self.ids), kind="stable")
         for first, second in zip(order, order[1:], strict=False):
@@ -357,6 +386,13 @@ def _recorded_size(folder: Path) -> int:
         return int(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["options"]["size"])
     except (OSError, ValueError, KeyError) as error:
         raise NoInputError(f"{folder / PROVENANCE} is missing or damaged; type mefem crop ... --overwrite") from error
+
+
+def _or_minus_one(column: pa.ChunkedArray) -> np.ndarray:
+    """Return integers, -1 where there is none; a column without any, as of crops that are files, takes no memory."""
+    if column.null_count == len(column):
+        return np.broadcast_to(np.int64(-1), len(column))
+    return pc.fill_null(column, -1).to_numpy()
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
