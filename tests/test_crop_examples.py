@@ -10,8 +10,8 @@ import pytest
 
 @pytest.mark.parametrize(
     "module",
-    ["faces.geometry", "faces.images", "faces.detector", "faces.inputs", "faces.labels", "faces.crop"]
-    + ["stores.crops", "stores.tables"],
+    ["faces.geometry", "faces.images", "faces.detector", "faces.inputs", "faces.crop"]
+    + ["stores.crops", "stores.joining", "stores.tables"],
 )
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(f"mefem_cli.{module}"))

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from mefem_cli import console
 from mefem_cli.errors import OutputError, UsageError
-from mefem_cli.faces import boxes, labels
-from mefem_cli.faces.labels import join, match, read_labels
-from mefem_cli.stores import tables
+from mefem_cli.faces import boxes
+from mefem_cli.faces.labels import join
+from mefem_cli.stores import joining, tables
+from mefem_cli.stores.joining import match, read_labels
 from mefem_cli.stores.tables import HashIndex, Rows, as_texts, open_table, spooled, to_numbers
 
 
@@ -319,9 +320,9 @@ def test_matching_is_the_same_as_a_slow_search(keys, sources):
         with pytest.raises(UsageError, match="two rows of labels"):
             match(keys, sources)
         return
-    for piece in (labels.PIECE, 2):
+    for piece in (joining.PIECE, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(labels, "PIECE", piece)
+            patch.setattr(joining, "PIECE", piece)
             matched = match(keys, sources)
         assert (matched.row_of_source.tolist(), {*matched.unmatched}, {*matched.ambiguous}) == expected
 
@@ -413,7 +414,7 @@ def test_labels_may_be_named_like_columns_of_the_manifest(tmp_path, told):
 
 
 def test_many_rows_are_taken_in_pieces(tmp_path, told, monkeypatch):
-    monkeypatch.setattr(labels, "TAKEN", 10)
+    monkeypatch.setattr(joining, "TAKEN", 10)
     monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     order = np.random.default_rng(0).permutation(95).tolist()
     path = written(tmp_path, "path,age,name\n" + "".join(f"{one}.jpg,{one},n{one}\n" for one in order))

@@ -18,13 +18,13 @@ import pyarrow as pa
 from mefem_cli import console
 from mefem_cli.errors import UsageError
 from mefem_cli.faces.source import GivenFace, Label, hash63, printable
+from mefem_cli.stores.joining import MOST_FOLDERS
 from mefem_cli.stores.tables import HashIndex, Rows, Table, as_texts, number_text, open_table, spooled, to_numbers
 
 CORNERS, SIDES = "box", ("box_x", "box_y", "box_w", "box_h")
 BOX_COLUMNS = (CORNERS, *SIDES)  # none of them is a label where one holds boxes
 LARGEST = 1e7  # px; what is further out is no place in a picture
 LONGEST_BOX = 200  # characters of JSON; deep nesting is not worth a parser
-MOST_FOLDERS = 64  # in a key
 NO_BOX = "the table has no box for it"
 
 
