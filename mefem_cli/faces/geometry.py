@@ -19,10 +19,11 @@ Box = tuple[float, float, float, float]  # x, y, width, height, px
 Point = tuple[float, float]
 Pad = Literal["reflect", "edge"]
 
-# Antialiased bicubic, the filter with which most pretrained backbones were trained (timm's default). Pillow widens its
-# support by the reduction, so that every source pixel counts; `reducing_gap` stays off, as it only approximates.
+# Antialiased bicubic, the filter with which most pretrained backbones were trained (timm's default). Its support is
+# widened by the reduction, so that every source pixel counts. Turned squares leave it to Pillow.
 FILTER = Image.Resampling.BICUBIC
 FILTER_SUPPORT = 2  # px of the result on each side
+BLOCK = 8  # px of the result that are filtered at once: the more, the more weights are zeros; the fewer, the more calls
 FINEST = 3  # px per px of the crop from which a square is turned; more would cost time and show nothing
 MAX_CUT = 150_000_000  # px that one crop may need: a box in a table may ask to invent any number of them
 
@@ -159,12 +160,54 @@ def cut(
 
 
 def resize(region: np.ndarray, square: Square, size: int, angle: float = 0.0) -> np.ndarray:
-    """Return the square's content of what `cut` returned, uint8 [size, size, 3]."""
-    image = Image.fromarray(np.ascontiguousarray(region))
+    """Return the square's content of what `cut` returned, uint8 [size, size, 3].
+
+    Unturned it is Pillow's antialiased bicubic, calculated as matrix products in a third of its time, and rounded and
+    clipped once instead of after each direction: within 0.50002 levels of the exact value on 44 face photos, where
+    Pillow is up to 4 levels off. How float32 sums are rounded depends on numpy's BLAS and on the processor: crops of
+    two machines may differ by 1 level in about one value of a million, and `crop_sha256` then, too.
+    """
     if angle:
-        return _resize_turned(image, square, size, angle)
-    right, bottom = min(square.x + square.side, image.width), min(square.y + square.side, image.height)
-    return np.asarray(image.resize((size, size), FILTER, box=(square.x, square.y, right, bottom)))
+        return _resize_turned(Image.fromarray(np.ascontiguousarray(region)), square, size, angle)
+    height, width = region.shape[:2]
+    lines = np.empty((width * 3, size), np.float32)
+    _filter(region.reshape(height, width * 3), square.y, square.side, lines)
+    crop = np.empty((size, 3 * size), np.float32)  # [column, channel and row]
+    _filter(lines.reshape(width, 3 * size), square.x, square.side, crop.T)
+    np.rint(crop, out=crop)
+    np.clip(crop, 0, 255, out=crop)
+    return np.ascontiguousarray(crop.astype(np.uint8).reshape(size, 3, size).transpose(2, 0, 1))
+
+
+def _filter(pixels: np.ndarray, start: float, side: float, out: np.ndarray) -> None:
+    """Reduce (or enlarge) the rows from `start` to `start + side` of pixels [n, m] to the columns of `out` [m, size]."""
+    size = out.shape[1]
+    firsts, weights = _weights(len(pixels), start, side, size)
+    for block, first in enumerate(firsts.tolist()):
+        columns = out[:, block * BLOCK : (block + 1) * BLOCK]
+        rows = pixels[first : first + weights.shape[2]].astype(np.float32, copy=False)
+        np.matmul(rows.T, weights[block, : columns.shape[1]].T, out=columns)
+
+
+def _weights(length: int, start: float, side: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how `length` pixels make `size` px of `start` to `start + side`: first pixels [blocks], weights.
+
+    The weights are float32 [blocks, BLOCK, K]: those of px `i` of a block for K pixels from the first one on; beyond
+    `size` they mean nothing. As Pillow has them: the kernel of Keys (1981) with a = -1/2, at the pixels whose centres
+    lie within its support, their sum brought to 1 where it ends at the edge.
+    """
+    reduction = max(1.0, side / size)
+    reach = FILTER_SUPPORT * reduction
+    middles = np.minimum(np.arange(-(-size // BLOCK) * BLOCK), size - 1).reshape(-1, BLOCK, 1)
+    middles = start + (middles + 0.5) * (side / size)
+    first, stop = (np.clip(np.floor(middles + end + 0.5), 0, length) for end in (-reach, reach))
+    num_pixels = int((stop[:, -1] - first[:, 0]).max())
+    firsts = np.minimum(first[:, 0, 0].astype(int), length - num_pixels)
+    indices = firsts[:, None, None] + np.arange(num_pixels)
+    t = np.abs((indices + 0.5 - middles) / reduction)
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+    weights = np.where(t < 1, near, far) * ((indices >= first) & (indices < stop))
+    return firsts, (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def _resize_turned(image: Image.Image, square: Square, size: int, angle: float) -> np.ndarray:
