@@ -79,6 +79,22 @@ def test_crop_decisions_equal_the_truth_wherever_the_box_is_close(scenes):
     assert num_compared >= 15
 
 
+def test_both_models_share_one_copy_of_the_pixels(scenes, monkeypatch):
+    """And each finds in it what it finds in its own."""
+    made = []
+    original = detector._image_of
+    monkeypatch.setattr(detector, "_image_of", lambda pixels: made.append(pixels) or original(pixels))
+    pixels = max(scenes, key=lambda scene: len(scene[2]))[1]
+    with FaceDetector("auto") as both:
+        made.clear()
+        together = both.detect(pixels)
+        assert len(made) == 1
+        alone = {name: detector._detect(model, original(pixels), name) for name, model in both._models.items()}
+    expected = choose(alone, detector.THRESHOLDS)
+    assert together.faces
+    assert [(face.box, face.score) for face in together.faces] == [(face.box, face.score) for face in expected.faces]
+
+
 def hit(x, score, model, side=100.0):
     return Detection((x, 50.0, side, side), np.zeros((6, 2)), score, model)
 
@@ -107,7 +123,8 @@ def test_conventions_agree_on_real_faces(shared_data):
     with FaceDetector("auto") as both:
         for path in sorted((shared_data / "faces" / "t2i").iterdir())[::40]:
             pixels = images.decode(path.read_bytes(), 10**8).pixels
-            found = {name: detector._detect(model, pixels, name) for name, model in both._models.items()}
+            image = detector._image_of(pixels)
+            found = {name: detector._detect(model, image, name) for name, model in both._models.items()}
             for short in (one for one in found["short"] if one.score >= 0.7):
                 for full in (detector.to_short_convention(one) for one in found["full"] if one.score >= 0.5):
                     if geometry.intersection_over_union(short.box, full.box) > 0.3:

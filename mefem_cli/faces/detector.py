@@ -91,11 +91,12 @@ class FaceDetector:
         with quiet_stderr():
             self._models = {name: _create(name, lowest) for name in names}
             for model in self._models.values():  # the first detection prints too
-                _detect(model, np.zeros((128, 128, 3), np.uint8), "")
+                _detect(model, _image_of(np.zeros((128, 128, 3), np.uint8)), "")
 
     def detect(self, pixels: np.ndarray) -> Found:
         """Find faces in uint8 [H, W, 3] sRGB."""
-        hits = {name: _detect(model, pixels, name) for name, model in self._models.items()}
+        image = _image_of(pixels)
+        hits = {name: _detect(model, image, name) for name, model in self._models.items()}
         return choose(hits, self.thresholds)
 
     def close(self) -> None:
@@ -175,11 +176,16 @@ def _model_bytes(name: str) -> bytes:
     return content
 
 
-def _detect(model: Any, pixels: np.ndarray, name: str) -> list[Detection]:
+def _image_of(pixels: np.ndarray) -> Any:
+    """Return a MediaPipe image, which is a copy of the pixels, for all models to look at."""
     from mediapipe.tasks.python.vision.core.image import Image, ImageFormat
 
-    height, width = pixels.shape[:2]
-    result = model.detect(Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(pixels)))
+    return Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(pixels))
+
+
+def _detect(model: Any, image: Any, name: str) -> list[Detection]:
+    result = model.detect(image)
+    width, height = image.width, image.height
     detections = []
     for hit in result.detections:
         box = hit.bounding_box

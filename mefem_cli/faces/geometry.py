@@ -180,7 +180,7 @@ def resize(region: np.ndarray, square: Square, size: int, angle: float = 0.0) ->
 
 
 def _filter(pixels: np.ndarray, start: float, side: float, out: np.ndarray) -> None:
-    """Reduce (or enlarge) the rows from `start` to `start + side` of pixels [n, m] to the columns of `out` [m, size]."""
+    """Reduce (or enlarge) rows `start` to `start + side` of pixels [n, m] to the columns of `out` [m, size]."""
     size = out.shape[1]
     firsts, weights = _weights(len(pixels), start, side, size)
     for block, first in enumerate(firsts.tolist()):
