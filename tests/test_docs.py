@@ -149,7 +149,7 @@ def slug(title: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_of_code_in_the_pages_exist(page: Path) -> None:
     for file, name in CODE_NAME.findall(read(page)):
-        path = PACKAGE / file
+        path = (PACKAGE.parent if file.startswith("tests/") else PACKAGE) / file
         assert path.is_file(), f"{page.name}: {file}"
         assert name in defined(path), f"{page.name}: {file} has no {name}"
 
