@@ -133,6 +133,62 @@ def test_rgb_profiles_become_srgb(primaries, exponent):
     assert np.abs(pixels.astype(int) - CUBE).max() > 20
 
 
+BT2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046))  # ITU-R BT.2020, table 3
+
+
+def named(primaries: int, transfer: int, **options) -> Image.Image:
+    """The cube as pillow-heif gives a picture that names its colours by the numbers of ITU-T H.273."""
+    image = Image.fromarray(CUBE)
+    image.info["nclx_profile"] = {"color_primaries": primaries, "transfer_characteristics": transfer}
+    image.info.update(options)
+    return image
+
+
+@pytest.mark.parametrize(("number", "primaries"), [(12, DISPLAY_P3), (9, BT2020)])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_named_wide_colours_become_srgb(number, primaries, transparent):
+    image = named(number, 13)
+    if transparent:
+        image.putalpha(255)
+    image, transform, remark = colour.to_rgb(colour.flatten(image), None)
+    expected = xyz_to_srgb(srgb_to_linear(CUBE / 255) @ to_xyz(primaries).T)
+    pixels = colour.to_srgb(np.asarray(image), transform)
+    assert remark == ""
+    assert np.abs(pixels - expected).max() < 2.5
+    assert np.abs(pixels - expected).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "remark"),
+    [(1, 13, ""), (2, 2, ""), (6, 6, ""), (9, 16, "HDR (PQ)"), (9, 18, "HDR (HLG)"), (11, 13, "11"), (12, 4, "fer 4")],
+)
+def test_named_colours_that_stay_as_they_are_say_so_unless_they_are_srgb(primaries, transfer, remark):
+    _, transform, told = colour.to_rgb(named(primaries, transfer), None)
+    assert transform is None
+    assert remark in told
+    assert bool(remark) == ("not converted to sRGB" in told)
+
+
+def test_an_embedded_profile_goes_before_named_colours():
+    own = rgb_profile(ADOBE_RGB, SRGB_CURVE)
+    image, transform, _ = colour.to_rgb(named(12, 13), own)
+    _, alone, _ = colour.to_rgb(Image.fromarray(CUBE), own)
+    assert np.array_equal(colour.to_srgb(CUBE, transform), colour.to_srgb(CUBE, alone))
+
+
+def test_heic_with_named_colours_of_8_and_10_bits(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    names = {"color_primaries": 12, "transfer_characteristics": 13, "matrix_coefficients": 6, "full_range_flag": 1}
+    pixels = np.full((64, 64, 3), (60, 200, 90), np.uint8)
+    expected = xyz_to_srgb(srgb_to_linear(pixels[0, 0] / 255) @ to_xyz(DISPLAY_P3).T)
+    for mode, stored in (("RGB", pixels), ("RGB;16", pixels.astype(np.uint16) * 257)):
+        heif.from_bytes(mode, (64, 64), stored.tobytes()).save(tmp_path / "p3.heic", quality=-1, chroma=444, **names)
+        found = images.decode((tmp_path / "p3.heic").read_bytes(), LIMIT)
+        assert found.remark == ""
+        assert np.abs(found.pixels - expected).max() < 5
+        assert np.abs(expected - pixels[0, 0]).max() > 20
+
+
 def test_profile_that_is_srgb_by_another_name_changes_nothing():
     content = encoded(Image.fromarray(CUBE), "PNG", icc_profile=rgb_profile(SRGB, SRGB_CURVE))
     np.testing.assert_array_equal(decoded(content), CUBE)
