@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -132,6 +133,31 @@ def test_parts_of_a_job_merge_to_the_whole(photos, tmp_path, shards):
     assert crop(photos, tmp_path / "merged", shards=shards).new == 0  # and one may go on from there
 
 
+def test_missing_parts_of_a_job_are_told(photos, tmp_path, capsys):
+    parts = [tmp_path / f"part{index}" for index in (1, 2, 3)]
+    for index, part in enumerate(parts, 1):
+        crop(photos, part, shard=f"{index}/3")
+    merged(parts, tmp_path / "all")
+    assert "not all parts" not in capsys.readouterr().err
+    merged([parts[0], parts[2]], tmp_path / "two")
+    assert "what --shard 2/3 holds is missing" in capsys.readouterr().err
+    crop(photos, tmp_path / "whole")
+    merged([parts[0], tmp_path / "whole"], tmp_path / "whole_and_part")
+    assert "not all parts" not in capsys.readouterr().err
+
+
+def test_of_many_missing_parts_the_first_are_told(photos, tmp_path, capsys):
+    (tmp_path / "parts").mkdir()
+    for index in (1, 3):
+        folder = shutil.copytree(crop(photos, tmp_path / f"{index}").out, tmp_path / "parts" / f"{index}")
+        recorded = json.loads((folder / "provenance.json").read_text())
+        recorded["options"]["shard"] = f"{index}/1000000000"
+        (folder / "provenance.json").write_text(json.dumps(recorded))
+    merged([tmp_path / "parts" / "1", tmp_path / "parts" / "3"], tmp_path / "out")
+    told = capsys.readouterr().err.replace("/1000000000", "")
+    assert "what --shard 2, 4, 5, 6, 7 and 999999993 more holds is missing" in told
+
+
 def test_part_of_a_job_is_told_apart(photos, tmp_path):
     crop(photos, tmp_path / "out", shard="1/2")
     with pytest.raises(OutputError, match="shard was 1/2, is 2/2"):
@@ -171,7 +197,9 @@ def test_what_does_not_merge(photos, tmp_path):
     with pytest.raises(NoInputError, match="no crops folder"):
         merged([tmp_path / "one", photos], tmp_path / "out")
     with pytest.raises(OutputError, match="exists"):
-        merged([tmp_path / "one", tmp_path / "one"], tmp_path / "small")
+        merged([tmp_path / "one", shutil.copytree(tmp_path / "one", tmp_path / "copy")], tmp_path / "small")
+    with pytest.raises(UsageError, match="one is named twice"):
+        merged([tmp_path / "one", tmp_path / "copy", f"{tmp_path}/./one"], tmp_path / "out")
     with pytest.raises(UsageError, match="both a source and the output"):
         merged([tmp_path / "one", tmp_path / "small"], tmp_path / "one", overwrite=True)
 
@@ -343,6 +371,8 @@ def test_zero_bytes_in_a_list_of_lines_are_explained(tmp_path):
     command = [*PROGRAM, "-", "-o", str(tmp_path / "out")]
     answer = subprocess.run(command, input=b"a.png\0b.png\0", capture_output=True)
     assert (answer.returncode, b"type -0" in answer.stderr) == (2, True)
+    answer = subprocess.run([*command, "-0"], input=b"a.png\nb.png\n", capture_output=True)
+    assert (answer.returncode, b"leave -0 away" in answer.stderr) == (2, True)
 
 
 def test_manifest_says_what_its_columns_are(photos, tmp_path):

@@ -23,6 +23,7 @@ ARGUMENT = (
     "- reads one path a line from stdin.",
 )
 LOSSLESS = "png"
+NOT_FOR_MERGING = ("shard", "boxes", "retry_rejected", "null", "limit", "workers")
 NEEDS_A_DETECTOR = ("min_score", "faces", "scale", "pad")
 
 
@@ -48,7 +49,8 @@ def _warn_of_idle_options(options: CropOptions, given: Given) -> None:
     from mefem_cli import console
 
     if options.merge:
-        idle, why = [name for name in options.recipe if name in given], "--merge: the folders have their recipe"
+        names = (*options.recipe, *NOT_FOR_MERGING)
+        idle, why = [name for name in names if name in given], "--merge: the folders have their recipe"
     elif options.detector == "none":
         idle, why = [name for name in NEEDS_A_DETECTOR if name in given], "--detector none"
     elif options.format == LOSSLESS:
@@ -64,7 +66,8 @@ def _tell(report: CropReport, merged: bool) -> None:
 
     console.note(f"{report.crops:7d} crop{'' if report.crops == 1 else 's'}")
     for reason, count in sorted(report.rejects.items(), key=lambda item: -item[1]):
-        console.note(f"{count:7d} {reason}")
+        why = f", most of them: {report.why_unreadable}" if reason == "unreadable" and report.why_unreadable else ""
+        console.note(f"{count:7d} {reason}{why if count > 1 else ''}")
     if report.duplicates:
         console.note(f"{report.duplicates:7d} exact duplicates among them (duplicate_of in the manifest)")
     if report.vanished:

@@ -294,6 +294,8 @@ def _records(end: bytes) -> Iterator[str]:
         *records, rest = (rest + block).split(end)
         yield from (os.fsdecode(one) for one in map(_stripped, records) if one)
     if last := _stripped(rest):
+        if end == b"\0" and b"\n" in last and not os.path.lexists(last):
+            raise UsageError("the paths on stdin end with lines, not with zero bytes; leave -0 away")
         yield os.fsdecode(last)
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mefem_cli.stores import product
 from mefem_cli.stores.crops import LABEL, MANIFEST, PROVENANCE, SHARDS, read_manifest
 from mefem_cli.stores.product import ProductOptions
 
+MISSING_SHOWN = 5  # parts named in a warning
+
 
 def merge(arguments: list[str], options: CropOptions, product_options: ProductOptions) -> job.CropReport:
     """Join crops folders into a new one; crops are linked where the file system can, else copied.
@@ -35,6 +39,7 @@ def merge(arguments: list[str], options: CropOptions, product_options: ProductOp
     out = Path(product_options.out or job.DEFAULT_OUT)
     _refuse_itself(out, folders)
     recipe = _common_recipe(folders)
+    _tell_missing_parts(folders)
     inputs = {str(folder.absolute() / MANIFEST): product.file_sha256(folder / MANIFEST) for folder in folders}
     if not product_options.overwrite and _is_made_of(out, inputs, options):
         console.note("nothing has changed since it was merged")
@@ -59,6 +64,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
     out = Path(product_options.out or job.DEFAULT_OUT)
     _refuse_itself(out, folders)
     recipe = _common_recipe(folders)
+    _tell_missing_parts(folders)
     _refuse_output(out, product_options.overwrite)
     rows = _rows(folders)
     crops = sum(map(bool, rows["path"].to_pylist()))
@@ -68,7 +74,11 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
 def _folders(arguments: list[str]) -> list[Path]:
     if len(arguments) < 2:
         raise UsageError("--merge wants two crops folders or more; type mefem crop --merge A B -o C")
-    return [Path(one) for one in arguments]
+    folders = [Path(one) for one in arguments]
+    twice = [path for path, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
+    if twice:
+        raise UsageError(f"--merge: {twice[0]} is named twice")
+    return folders
 
 
 def _refuse_itself(out: Path, folders: list[Path]) -> None:
@@ -99,14 +109,34 @@ def _common_recipe(folders: list[Path]) -> dict[str, Any]:
     recipes = []
     for folder in folders:
         read_manifest(folder)  # says what is wrong with one that is not finished
-        try:
-            recorded = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError) as error:
-            raise NoInputError(f"{folder / PROVENANCE} is missing or damaged; crop it anew") from error
+        recorded = _options(folder)
         recipes.append({name: recorded.get(name) for name in names})
         if changes := product.difference(recipes[0], recipes[-1]):
             raise UsageError(f"{folders[0]} and {folder} have other options: {changes}; crop one of them anew")
     return recipes[0]
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    """Return the options that a folder was made with. Raises NoInputError if it does not tell."""
+    try:
+        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise NoInputError(f"{folder / PROVENANCE} is missing or damaged; crop it anew") from error
+
+
+def _tell_missing_parts(folders: list[Path]) -> None:
+    """Warn where the folders are parts i/N of one work and some part of it is not among them."""
+    shards = [_options(folder).get("shard") for folder in folders]
+    parts = {tuple(map(int, shard.split("/"))) for shard in shards if shard}
+    if None in shards:  # a folder of its own, or one merged before, which may hold the others
+        return
+    for count in sorted({count for _, count in parts}):
+        missing = (f"{number}/{count}" for number in range(1, count + 1) if (number, count) not in parts)
+        shown = list(islice(missing, MISSING_SHOWN))
+        more = count - sum(one == count for _, one in parts) - len(shown)
+        if shown:
+            told = f"{', '.join(shown)}{f' and {more} more' if more else ''}"
+            console.warn(f"not all parts are here: what --shard {told} holds is missing in the merged folder")
 
 
 def _rows(folders: list[Path]) -> pa.Table:
@@ -128,7 +158,7 @@ def _rows(folders: list[Path]) -> pa.Table:
         )
     is_first = folder == folder[first[inverse]]
     if not is_first.all():
-        console.note(f"{int((~is_first).sum())} faces are in several folders and taken once")
+        console.note(f"{int((~is_first).sum())} rows of the manifests are in several folders and taken once")
     rows = rows.filter(pa.array(is_first))
     keys = [source.split("/") for source in rows["source"].to_pylist()]
     return rows.take(pa.array(sorted(range(len(keys)), key=keys.__getitem__), pa.int64()))
