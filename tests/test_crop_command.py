@@ -54,7 +54,7 @@ def test_json_object(photos, tmp_path):
 def test_real_faces_and_silent_models(shared_data, tmp_path):
     answer = mefem(shared_data / "crop_scenes" / "single_400.jpg", "-o", tmp_path / "out")
     assert answer.stdout == f"{tmp_path / 'out'}\n"
-    assert answer.stderr == "      1 crops\n"
+    assert answer.stderr == "      1 crop\n"
 
 
 def test_dry_run_touches_nothing(photos, tmp_path):
@@ -94,6 +94,15 @@ def test_errors_are_one_line_with_their_code(photos, tmp_path, arguments, code, 
 def test_options_without_effect_are_told(photos, tmp_path):
     answer = mefem(photos, "--detector", "none", "--scale", "3", "-o", tmp_path / "out")
     assert "--scale has no effect" in answer.stderr
+
+
+def test_options_without_effect_on_merging_are_told(photos, tmp_path):
+    for part in (1, 2):
+        mefem(photos, "--detector", "none", "--shard", f"{part}/2", "-o", tmp_path / str(part))
+    idle = ("--shard", "1/2", "--limit", "1", "--workers", "2", "--retry-rejected", "--size", "100")
+    answer = mefem("--merge", *idle, tmp_path / "1", tmp_path / "2", "-o", tmp_path / "out")
+    assert answer.stdout == f"{tmp_path / 'out'}\n"
+    assert [name for name in idle if name[:2] == "--" and f"{name} has no effect" not in answer.stderr] == []
 
 
 def test_paths_on_stdin(photos, tmp_path):

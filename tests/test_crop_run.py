@@ -266,15 +266,34 @@ def test_two_runs_at_once_are_refused(photos, tmp_path):
         crop(photos, tmp_path / "out")
 
 
-def test_nothing_usable(tmp_path):
+def test_nothing_usable(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NoInputError, match="no images found in .*empty"):
         crop(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty" / "a.jpg").write_bytes(b"")
-    with pytest.raises(NoInputError, match="no usable face: 1 unreadable"):
+    with pytest.raises(NoInputError, match="no usable face: 1 unreadable; the file is empty; .*contact"):
         crop(tmp_path / "empty", tmp_path / "out")
     assert rows(tmp_path / "out")[0]["detail"] == "the file is empty"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(NoInputError, match="no images found in stdin for --shard 1/2"):
+        crop("-", tmp_path / "none", shard="1/2")
+
+
+def test_nothing_usable_says_what_to_type(shared_data, tmp_path):
+    with pytest.raises(NoInputError, match=r"no usable face: 1 border; --pad edge .*--detector none .*; .*contact"):
+        crop(shared_data / "crop_scenes" / "edge_top.jpg", tmp_path / "border")
+    with pytest.raises(NoInputError, match="no usable face: 1 small; --min-size"):
+        crop(shared_data / "crop_scenes" / "single_120.jpg", tmp_path / "small")
+
+
+def test_why_most_are_unreadable_is_told(tmp_path):
+    photo(tmp_path / "photos" / "sound.jpg", 0)
+    for index in range(3):
+        (tmp_path / "photos" / f"{index}.jpg").write_bytes(b"" if index else b"text")
+    assert crop(tmp_path / "photos", tmp_path / "out").why_unreadable == "the file is empty"
+    (tmp_path / "photos" / "3.jpg").write_bytes(b"text")
+    assert crop(tmp_path / "photos", tmp_path / "out").why_unreadable == ""  # as many are no image
 
 
 @pytest.mark.parametrize(("limit", "allowed"), [("2", True), ("1", False), ("25%", True), ("24%", False)])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mefem_cli import console
 from mefem_cli.console import plural
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.faces import images, labels, manifest, packing
 from mefem_cli.faces.crop import CropOptions, Cropper
-from mefem_cli.faces.inputs import Wanted, list_sources
+from mefem_cli.faces.inputs import STDIN, Wanted, list_sources
 from mefem_cli.faces.journal import FOLDER, Journal, Known, known_sources
 from mefem_cli.faces.listing import Listing
 from mefem_cli.faces.rows import Row, failed_row
@@ -31,6 +32,13 @@ from mefem_cli.stores.crops import CONTACT, MANIFEST, OK, PROVENANCE, REJECTED, 
 from mefem_cli.stores.product import ProductOptions
 
 DEFAULT_OUT = "crops"
+MEND = {  # what to type where no face is usable, by the most frequent reason
+    "border": "--pad edge invents what lies beyond a picture, --detector none takes pictures that are crops already",
+    "small": "--min-size takes smaller ones",
+    "low-score": "--min-score takes less sure ones",
+    "not-one-face": "--faces best takes one face of several",
+    "too-large": "--max-pixels takes larger ones",
+}
 LARGEST_CHUNK = 32  # sources; about a second of work, the most that a kill loses
 CHUNKS_PER_WORKER = 4  # at least so many where there are few sources, so that all cores end together
 
@@ -46,6 +54,7 @@ class CropReport:
     vanished: int  # sources of earlier runs that are no longer there
     duplicates: int = 0  # rows whose source has the bytes of an earlier one
     skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by kind
+    why_unreadable: str = ""  # what is said of most unreadable sources
     seconds: float = 0.0
 
     @property
@@ -108,7 +117,9 @@ def find_sources(arguments: list[str], out: Path, options: CropOptions, limit: i
     listing = list_sources(arguments, out, Wanted(limit, options.part, find_boxes, options.null))
     if not len(listing.sources):
         skipped = f" (skipped: {counted(listing.skipped)})" if listing.skipped else ""
-        raise NoInputError(f"no images found in {', '.join(map(printable, arguments))}{skipped}")
+        where = ", ".join("stdin" if one == STDIN else printable(one) for one in arguments)
+        part = "" if options.shard is None else f" for --shard {options.shard}"
+        raise NoInputError(f"no images found in {where}{part}{skipped}")
     if boxes is not None:
         boxes.tell()
     return listing
@@ -255,10 +266,14 @@ def report_of(out: Path, rows: pa.Table, plan: Plan | None) -> CropReport:
     num_crops = counts.pop("", 0)
     duplicates = sum(bool(one) for one in rows["duplicate_of"].to_pylist())
     gone = manifest.num_vanished(rows)
-    rejects = dict(counts.most_common())
-    if plan is None:
-        return CropReport(out, num_crops, rejects, 0, gone, duplicates)
-    return CropReport(out, num_crops, rejects, len(plan.pending), gone, duplicates, dict(plan.listing.skipped))
+    report = CropReport(out, num_crops, dict(counts.most_common()), 0, gone, duplicates)
+    if images.UNREADABLE in counts:
+        details = Counter(rows.filter(pc.equal(rows["reason"], images.UNREADABLE))["detail"].to_pylist())
+        detail, count = details.most_common(1)[0]
+        report.why_unreadable = detail if 2 * count > details.total() else ""
+    if plan is not None:
+        report.new, report.skipped = len(plan.pending), dict(plan.listing.skipped)
+    return report
 
 
 def _inputs(options: CropOptions) -> dict[str, str]:
@@ -289,7 +304,10 @@ def refuse_too_few(report: CropReport, options: CropOptions) -> None:
     num_rejects = sum(report.rejects.values())
     reasons = counted(report.rejects)
     if not report.crops:
-        raise NoInputError(f"no usable face: {reasons}; {report.out / CONTACT} shows them")
+        most = next(iter(report.rejects))
+        mend = report.why_unreadable if most == images.UNREADABLE else MEND.get(most, "")
+        told = f"no usable face: {reasons}; {mend}" if mend else f"no usable face: {reasons}"
+        raise NoInputError(f"{told}; {report.out / CONTACT} shows them")
     if options.too_many(num_rejects, num_rejects + report.crops):
         raise NoInputError(
             f"--max-rejects {options.max_rejects} allows fewer than {plural(num_rejects, 'reject')} beside "
