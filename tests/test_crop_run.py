@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -282,9 +283,9 @@ def test_nothing_usable(tmp_path, monkeypatch):
 
 def test_nothing_usable_says_what_to_type(shared_data, tmp_path):
     with pytest.raises(NoInputError, match=r"no usable face: 1 border; --pad edge .*--detector none .*; .*contact"):
-        crop(shared_data / "crop_scenes" / "edge_top.jpg", tmp_path / "border")
+        crop(shared_data / "crop_scenes" / "edge_top.jpg", tmp_path / "border", detector="auto")
     with pytest.raises(NoInputError, match="no usable face: 1 small; --min-size"):
-        crop(shared_data / "crop_scenes" / "single_120.jpg", tmp_path / "small")
+        crop(shared_data / "crop_scenes" / "single_120.jpg", tmp_path / "small", detector="auto")
 
 
 def test_why_most_are_unreadable_is_told(tmp_path):
