@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +65,36 @@ def test_an_exception_rises():
 def test_workers_that_cannot_start_do_not_condemn_the_items():
     with pytest.raises(MefemError, match="died while it started: exit code 3"):
         list(run_chunks(Unstartable, [[1]], 1))
+
+
+FAULTS = """
+import resource
+from mefem_cli.faces.workers import run_chunks
+
+class Allocate:
+    def __call__(self, items):
+        return [self.faults() for _ in items]
+
+    def faults(self):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [bytearray(8 << 20) for _ in range(3)]
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def close(self):
+        pass
+
+if __name__ == "__main__":
+    [(_, faults)] = run_chunks(Allocate, [list(range(10))], 1)
+    print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are those of glibc")
+def test_memory_of_one_item_is_there_for_the_next(tmp_path):
+    """Three blocks of 2048 pages each; by default glibc gives them back as soon as they are free."""
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS)
+    printed = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
+    first, *later = map(int, printed.split())
+    assert min(later) < 500 < first
