@@ -51,7 +51,7 @@ def test_round_trip(path):
             assert store.has(kind)
             assert store.read(kind).dtype == np.float32
             np.testing.assert_array_equal(store.read(kind), values.astype(np.float16).astype(np.float32))
-            np.testing.assert_array_equal(np.concatenate([*store.iter_batches(kind, 2)]), store.read(kind))
+            np.testing.assert_array_equal(np.concatenate([*store.iter_batches(kind, batch_size=2)]), store.read(kind))
         assert set(store.labels) == set(labels)
         np.testing.assert_array_equal(store.labels["age"], [31.0, 58.0, 7.0])
         np.testing.assert_array_equal(store.labels["bmi"], [21.5, np.nan, 30])

@@ -332,7 +332,7 @@ class Crops:
         ]
         whole = pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], kind)
         starts = np.cumsum([0, *(len(part.index) for part in self._parts)])
-        return _to_numpy(whole.take(pa.array(starts[self.part_of] + self._row_of)))
+        return to_numpy(whole.take(pa.array(starts[self.part_of] + self._row_of)))
 
     def read_bytes(self, index: int) -> bytes:
         """Return one crop as the encoded image file."""
@@ -395,7 +395,8 @@ def _or_minus_one(column: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(column, -1).to_numpy()
 
 
-def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as numbers, NaN where one is missing, or as str objects, "" where one is missing."""
     if pa.types.is_floating(column.type):
         return pc.fill_null(column, float("nan")).to_numpy()
     if pa.types.is_string(column.type):

@@ -2,6 +2,7 @@
 
     /id (N,) utf-8    /cls (N, D)    /mean (N, D)    /patches (N, T, D), chunk (1, T, D)
     /labels/<name> (N,)    /meta/<manifest column> (N,)
+    /unreadable/id, /unreadable/sha256 (M,): crops that could not be read, and of which bytes
     attributes: format, version, complete, provenance (JSON)
 
 Features are float16 unless asked otherwise. A store is written under a temporary name and renamed when complete, so a
@@ -11,10 +12,11 @@ reader never sees half of one.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -24,24 +26,32 @@ from urllib.parse import unquote
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mefem_cli.errors import NoInputError, OutputError, UsageError
-from mefem_cli.stores import product
+from mefem_cli.stores import joining, product
+from mefem_cli.stores.crops import LABEL, to_numpy
 
 FORMAT = "mefem-features"
 VERSION = 1
 KINDS = ("cls", "mean", "patches")
 SPACE_MARGIN_BYTES = 8 << 20  # what HDF5 may still hold in its caches
 COLUMN_BYTES_A_ROW = 2048  # labels and manifest columns, generously
+READ_BATCH = 256  # rows
 CHUNK_BYTES = 1 << 18  # of /cls and /mean; a chunk of /patches is one face
+ZSTD_FILTER = 32015  # as registered with the HDF5 Group
 MAKE_ANEW = "make it anew with `mefem embed --overwrite`"
+JOINED = "joined_labels"  # in the provenance: tables whose columns `mefem store labels` joined
+Rows = slice | np.ndarray  # of a store; an array holds row numbers
 
 
 class FeatureWriter:
     """Writes a feature store in runs of rows; used as a context manager.
 
     `provenance` is `product.provenance(...)`, plus `model: {"name": ..., "sha256": ...}` of the encoder. Features
-    arrive as float arrays of any precision and are stored as `dtype` ("float16" or "float32").
+    arrive as float arrays of any precision and are stored as `dtype` ("float16" or "float32"). `compress` is None or
+    "zstd", which wants the package hdf5plugin here and wherever the store is read.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "features.h5"
@@ -61,8 +71,10 @@ class FeatureWriter:
         num_patches: int = 0,
         has_cls: bool = True,
         has_mean: bool = True,
+        compress: str | None = None,
     ):
         self.path = path
+        self._filter = _zstd(f"--compress {compress}") if compress else {}
         self._provenance = dict(provenance)
         self._dtype = np.dtype(dtype)
         self._row_shapes: dict[str, tuple[int, ...]] = {}
@@ -83,9 +95,8 @@ class FeatureWriter:
         for kind, row_shape in self._row_shapes.items():
             row_bytes = self._dtype.itemsize * int(np.prod(row_shape))
             chunk_rows = 1 if kind == "patches" else max(1, CHUNK_BYTES // row_bytes)
-            self._file.create_dataset(
-                kind, (0, *row_shape), self._dtype, maxshape=(None, *row_shape), chunks=(chunk_rows, *row_shape)
-            )
+            shape, chunks, most = (0, *row_shape), (chunk_rows, *row_shape), (None, *row_shape)
+            self._file.create_dataset(kind, shape, self._dtype, maxshape=most, chunks=chunks, **self._filter)
         return self
 
     def __exit__(
@@ -108,42 +119,43 @@ class FeatureWriter:
         Raises OutputError for a value that float16 cannot hold and NoInputError for NaN, each naming the crop.
         """
         features = {"cls": cls, "mean": mean, "patches": patches}
-        given = {kind: values for kind, values in features.items() if values is not None}
-        assert given.keys() == self._row_shapes.keys(), f"wanted {[*self._row_shapes]}, got {[*given]}"
-        self._ensure_space(sum(values.size for values in given.values()) * self._dtype.itemsize)
+        stored = {}
+        for kind, values in features.items():
+            if values is not None:
+                with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported below, with its id
+                    stored[kind] = values.astype(self._dtype)
+                largest = np.abs(values.reshape(len(ids), -1)).max(axis=1)
+                refuse_unstorable(lambda row: str(ids[row]), kind, stored[kind], largest)
+        self.append_stored(ids, stored)
+
+    def append_stored(self, ids: Sequence[str], features: Mapping[str, np.ndarray]) -> None:
+        """Write a run of rows as `append` does, of features that are finite and in the precision of the store."""
+        assert features.keys() == self._row_shapes.keys(), f"wanted {[*self._row_shapes]}, got {[*features]}"
+        self._ensure_space(sum(values.nbytes for values in features.values()))
         begin, end = len(self._ids), len(self._ids) + len(ids)
-        for kind, values in given.items():
+        for kind, values in features.items():
             assert values.shape == (len(ids), *self._row_shapes[kind]), f"{kind}: {values.shape}"
-            with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported below, with its id
-                stored = values.astype(self._dtype)
-            self._refuse_non_finite(ids, kind, values, stored)
+            assert values.dtype == self._dtype, f"{kind}: {values.dtype}"
             self._file[kind].resize(end, axis=0)
-            self._file[kind][begin:end] = stored
+            self._file[kind][begin:end] = values
         self._file.flush()
-        self._ids += ids
+        self._ids += [str(one) for one in ids]
 
     def _ensure_space(self, num_bytes: int) -> None:
         """Raise OSError before the disk is full: HDF5 crashes when it cannot flush what it holds."""
         if shutil.disk_usage(self.path.parent).free < num_bytes + SPACE_MARGIN_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
-    def _refuse_non_finite(self, ids: Sequence[str], kind: str, values: np.ndarray, stored: np.ndarray) -> None:
-        finite = np.isfinite(stored).reshape(len(ids), -1).all(axis=1)
-        if finite.all():
-            return
-        row = int(np.argmin(finite))
-        if np.isfinite(values[row]).all():
-            largest = float(np.abs(values[row]).max())
-            raise OutputError(
-                f"crop {ids[row]}: its {kind} features reach {largest:.3g}, more than {self._dtype} holds; "
-                "type --dtype float32"
-            )
-        raise NoInputError(
-            f"crop {ids[row]}: the encoder gives {kind} features that are not finite; use another encoder"
-        )
+    def finish(
+        self,
+        labels: Mapping[str, np.ndarray],
+        meta: Mapping[str, np.ndarray],
+        unreadable: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write ids, labels (numbers as float64, text as utf-8) and manifest columns, check all, mark it complete.
 
-    def finish(self, labels: Mapping[str, np.ndarray], meta: Mapping[str, np.ndarray]) -> None:
-        """Write ids, labels (numbers as float64, text as utf-8) and manifest columns, check all, mark it complete."""
+        `unreadable` maps the ids of crops that could not be read to the sha256 of their bytes.
+        """
         self._ensure_space(COLUMN_BYTES_A_ROW * len(self._ids))
         rows = {name: len(values) for columns in (labels, meta) for name, values in columns.items()}
         rows |= {kind: len(self._file[kind]) for kind in self._row_shapes}
@@ -155,6 +167,9 @@ class FeatureWriter:
             self._file.create_group(group)
             for name, values in columns.items():
                 _write_column(self._file[group], name, np.asarray(values), as_label=group == "labels")
+        if unreadable:
+            for name, texts in (("id", [*unreadable]), ("sha256", [*unreadable.values()])):
+                _write_column(self._file.require_group("unreadable"), name, np.array(texts, object), as_label=False)
         self._file.attrs.update({"format": FORMAT, "version": VERSION, "provenance": json.dumps(self._provenance)})
         self._file.flush()
         self._file.attrs["complete"] = True
@@ -162,21 +177,33 @@ class FeatureWriter:
 
 
 class FeatureStore:
-    """A complete feature store, open for reading; columns and features are read when asked for."""
+    """A complete feature store, open for reading; columns and features are read when asked for.
 
-    def __init__(self, path: Path, file: h5py.File):
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "features.h5"
+    >>> with FeatureWriter(path, {}, embed_dim=2, has_mean=False) as writer:
+    ...     writer.append(["a", "b", "c"], cls=np.eye(3, 2))
+    ...     writer.finish({"age": np.array([31, 58, np.nan])}, {})
+    >>> with FeatureStore.open(path) as store:
+    ...     known = store.select(np.isfinite(store.labels["age"]))
+    ...     print(known.ids, known.read("cls").tolist())
+    ['a' 'b'] [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    def __init__(self, path: Path, file: h5py.File, rows: np.ndarray | None = None):
         self.path = path
         self._file = file
+        self._rows = rows  # of the file, (N,) int64; None: all of them
         self.provenance: dict[str, Any] = json.loads(file.attrs.get("provenance", "{}"))
-        self.labels: Mapping[str, np.ndarray] = Columns(self, "labels")
-        self.meta: Mapping[str, np.ndarray] = Columns(self, "meta")
+        self.labels = Columns(self, "labels")
+        self.meta = Columns(self, "meta")
 
     @classmethod
     def open(cls, path: Path | str) -> FeatureStore:
         """Open a store.
 
         Raises NoInputError where there is none, or a damaged or incomplete one, and UsageError for a store of a
-        newer version.
+        newer version, or a compressed one where hdf5plugin is missing.
         """
         path = Path(path)
         file = _open_file(path)
@@ -188,7 +215,7 @@ class FeatureStore:
             raise
 
     def close(self) -> None:
-        """Close the file; what was read stays."""
+        """Close the file, also for what `select` and `join_labels` returned; what was read stays."""
         self._file.close()
 
     def __enter__(self) -> FeatureStore:
@@ -198,7 +225,7 @@ class FeatureStore:
         self.close()
 
     def __len__(self) -> int:
-        return int(self._file["id"].shape[0])
+        return int(self._file["id"].shape[0]) if self._rows is None else len(self._rows)
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -208,17 +235,32 @@ class FeatureStore:
     @property
     def model_name(self) -> str:
         """The encoder's name as `mefem embed` recorded it, else the store's file name."""
-        return str(self._model.get("name") or self.path.stem)
+        return str(self.model.get("name") or self.path.stem)
 
     @property
     def model_sha256(self) -> str | None:
         """The sha256 of the encoder's weights, where recorded."""
-        return self._model.get("sha256")
+        return self.model.get("sha256")
 
     @property
-    def _model(self) -> Mapping[str, Any]:
+    def model(self) -> Mapping[str, Any]:
+        """What tells the encoder from others: `name`, `sha256` of its weights, and what of them was taken."""
         model = self.provenance.get("model") or {}
         return model if isinstance(model, Mapping) else {"name": model}
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The crops that could not be read: id -> sha256 of the bytes that were there."""
+        if "unreadable" not in self._file:
+            return {}
+        ids, digests = (_read_dataset(self.path, self._file[f"unreadable/{name}"]) for name in ("id", "sha256"))
+        return dict(zip(ids, digests, strict=True))
+
+    @property
+    def joined_labels(self) -> list[str]:
+        """The labels that `mefem store labels` joined."""
+        joined = [name for table in self.provenance.get(JOINED, []) for name in table["columns"]]
+        return [name for name in dict.fromkeys(joined) if name in self.labels]
 
     @cached_property
     def sha256(self) -> str:
@@ -226,9 +268,14 @@ class FeatureStore:
         return product.file_sha256(self.path)
 
     @property
+    def kinds(self) -> list[str]:
+        """The kinds of features that are stored, of cls, mean and patches."""
+        return [kind for kind in KINDS if self.has(kind)]
+
+    @property
     def embed_dim(self) -> int:
         """Values in a feature vector or token."""
-        return int(next(self._file[kind].shape[-1] for kind in KINDS if self.has(kind)))
+        return int(self._file[self.kinds[0]].shape[-1])
 
     @property
     def num_patches(self) -> int:
@@ -238,7 +285,12 @@ class FeatureStore:
     @property
     def dtype(self) -> str:
         """The precision that features are stored in."""
-        return next(self._file[kind].dtype.name for kind in KINDS if self.has(kind))
+        return str(self._file[self.kinds[0]].dtype.name)
+
+    @property
+    def compression(self) -> str | None:
+        """What features are compressed with: None or "zstd"."""
+        return "zstd" if _is_compressed(self._file[self.kinds[0]]) else None
 
     def has(self, kind: str) -> bool:
         """Whether features of this kind (cls, mean, patches) are stored."""
@@ -248,53 +300,193 @@ class FeatureStore:
         """Return all features of a kind as float32: [N, D], patches [N, T, D]."""
         return self.read_rows(kind, slice(None)).astype(np.float32)
 
-    def read_rows(self, name: str, rows: slice) -> np.ndarray:
-        """Return a run of rows of a data set as stored, text as str objects. Raises NoInputError if unreadable."""
-        try:
-            dataset = self._file[name]
-            is_text = h5py.check_string_dtype(dataset.dtype) is not None
-            return dataset.asstr(errors="surrogateescape")[rows] if is_text else dataset[rows]
-        except OSError as error:
-            raise NoInputError(f"{self.path}: /{name} is damaged; {MAKE_ANEW}") from error
+    def read_rows(self, name: str, rows: Rows) -> np.ndarray:
+        """Return rows of a data set as stored, text as str objects. Raises NoInputError if unreadable.
 
-    def iter_batches(self, kind: str, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield features of a kind in runs of rows as float32: [batch_size, D] or [batch_size, T, D]."""
-        for begin in range(0, len(self), batch_size):
-            yield self.read_rows(kind, slice(begin, begin + batch_size)).astype(np.float32)
+        `rows` is a slice, or an array of row numbers in any order; what lies side by side is read in one go.
+        """
+        if self._rows is not None:
+            rows = self._rows[rows]
+        return _read_dataset(self.path, self._file[name], rows)
 
-    def copy_rows_into(self, writer: FeatureWriter, keep: np.ndarray | None = None, batch_size: int = 256) -> None:
+    def iter_batches(
+        self, kind: str, rows: np.ndarray | None = None, batch_size: int = READ_BATCH
+    ) -> Iterator[np.ndarray]:
+        """Yield features of a kind as float32: [batch_size, D] or [batch_size, T, D], the last batch shorter.
+
+        `rows` are row numbers (n,) or a mask (N,) bool; None means all. Features come in the order of `rows`; each
+        batch reads runs of neighbouring rows in one go, which for patches is many times faster than h5py's indexing.
+        """
+        chosen = None if rows is None else self._row_numbers(rows)
+        for begin in range(0, len(self) if chosen is None else len(chosen), batch_size):
+            part = slice(begin, begin + batch_size)
+            yield self.read_rows(kind, part if chosen is None else chosen[part]).astype(np.float32)
+
+    def select(self, rows: Any) -> FeatureStore:
+        """Return a view of some rows: numbers (n,) in any order, a mask (N,) bool, or a slice. Nothing is copied.
+
+        It shares the open file. Raises IndexError for a row that does not exist.
+        """
+        numbers = self._row_numbers(rows)
+        chosen = FeatureStore(self.path, self._file, numbers if self._rows is None else self._rows[numbers])
+        chosen.labels = Columns(chosen, "labels", {name: one[numbers] for name, one in self.labels.added.items()})
+        return chosen
+
+    def _row_numbers(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, slice):
+            return np.arange(len(self), dtype=np.int64)[rows]
+        numbers = np.asarray(rows)
+        if numbers.dtype == bool:
+            if numbers.shape != (len(self),):
+                raise IndexError(f"{self.path} has {len(self)} rows, the mask {numbers.shape}")
+            return np.flatnonzero(numbers)
+        numbers = numbers.astype(np.int64)
+        if numbers.size and not (-len(self) <= numbers.min() and numbers.max() < len(self)):
+            raise IndexError(f"{self.path} has {len(self)} rows, not one of number {numbers.max()}")
+        return np.where(numbers < 0, numbers + len(self), numbers)
+
+    def label_rows(self, labels: joining.Labels) -> np.ndarray:
+        """Return for each row of the store its row in a table of labels, -1 for none: (N,) int64.
+
+        The table's key is the end or the stem of a picture's path (`/meta/source`), as `mefem crop --labels` takes
+        it; if it is called `id`, a crop's id; if the store has a label of its name, that label's value. A picture
+        with several faces gets no labels by its path, as whose they are, nobody knows.
+        """
+        if labels.key == "id":
+            found = pc.index_in(joining.large(list(self.ids)), value_set=labels.keys)
+            return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        if labels.key in self.labels:
+            values = self.labels[labels.key]
+            column = pa.array(values, pa.float64() if values.dtype.kind == "f" else pa.string())
+            return joining.match_values(labels.keys, pa.chunked_array([column])).row_of_source
+        if "source" not in self.meta:
+            raise UsageError(f"{self.path} has no /meta/source to join {labels.path} by; type --key id")
+        sources, source_of_row = np.unique(self.meta["source"].astype(str), return_inverse=True)
+        row_of_source = joining.match(labels.keys, list(sources)).row_of_source
+        return np.where(self._shares_its_picture(source_of_row), -1, row_of_source[source_of_row])
+
+    def _shares_its_picture(self, source_of_row: np.ndarray) -> np.ndarray:
+        """Return which rows are one of several faces in a frame, of which nobody said where they are: (N,) bool."""
+        frame = np.nan_to_num(np.asarray(self.meta.get("frame", np.zeros(len(self))), float)).astype(np.int64)
+        shots = np.stack([source_of_row, frame])
+        _, shot_of_row, num_faces = np.unique(shots, axis=1, return_inverse=True, return_counts=True)
+        detector = self.meta.get("detector", np.full(len(self), "", object))
+        return (num_faces[shot_of_row.ravel()] > 1) & (detector != "given")
+
+    def join_labels(self, table: Path | str, key: str | None = None) -> FeatureStore:
+        """Return this store with the columns of a CSV or Parquet table as labels too, NaN or "" where they are missing.
+
+        They win over labels of the same name. `key` names the table's column that tells rows, "path" by default; see
+        `label_rows`. Nothing is written; `mefem store labels` does that. Raises UsageError for an unfit table.
+        """
+        labels = joining.read_labels(Path(table), key)
+        columns = joining.label_columns(labels, self.label_rows(labels))
+        joined = FeatureStore(self.path, self._file, self._rows)
+        added = {name.removeprefix(LABEL): to_numpy(column) for name, column in columns.items()}
+        joined.labels = Columns(joined, "labels", {**self.labels.added, **added})
+        return joined
+
+    def copy_rows_into(
+        self, writer: FeatureWriter, keep: np.ndarray | None = None, batch_size: int = READ_BATCH
+    ) -> None:
         """Append this store's features to a new one, in order, so that only new crops need the encoder.
 
-        `keep` is a mask (N,), True: copy the row. The copy is exact where both stores have the same precision.
+        `keep` is a mask (N,), True: copy the row. The copy is exact; both stores have the same precision.
         """
-        for begin in range(0, len(self), batch_size):
-            rows = slice(begin, begin + batch_size)
-            kept = np.ones(len(self.ids[rows]), bool) if keep is None else keep[rows]
-            features = {kind: self.read_rows(kind, rows)[kept] for kind in KINDS if self.has(kind)}
-            writer.append([str(one) for one in self.ids[rows][kept]], **features)
+        chosen = np.arange(len(self)) if keep is None else np.flatnonzero(keep)
+        for begin in range(0, len(chosen), batch_size):
+            rows = chosen[begin : begin + batch_size]
+            writer.append_stored(list(self.ids[rows]), {kind: self.read_rows(kind, rows) for kind in self.kinds})
 
 
 class Columns(Mapping[str, np.ndarray]):
-    """Columns of a store by name, each (N,): float64 or str objects; read when asked for, once."""
+    """Columns of a store by name, each (N,): float64 or str objects; read when asked for, once.
 
-    def __init__(self, store: FeatureStore, group: str):
+    `added` columns (N,) stand beside those of the file and win over them.
+    """
+
+    def __init__(self, store: FeatureStore, group: str, added: Mapping[str, np.ndarray] | None = None):
         self._store, self._group = store, group
+        self.added = dict(added or {})
         self._stored_names = {_decode_name(name): name for name in store._file.get(group, {})}
         self._read: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self.added:
+            return self.added[name]
         if name not in self._read:
             self._read[name] = self._store.read_rows(f"{self._group}/{self._stored_names[name]}", slice(None))
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored_names)
+        return iter(dict.fromkeys([*self._stored_names, *self.added]))
 
     def __len__(self) -> int:
-        return len(self._stored_names)
+        return len({*self._stored_names, *self.added})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored_names
+        return name in self._stored_names or name in self.added
+
+
+def refuse_unstorable(name: Callable[[int], str], kind: str, stored: np.ndarray, largest: np.ndarray) -> None:
+    """Raise an error that names the first crop whose features the store cannot hold.
+
+    `name` tells a row's crop; `stored` are features [n, ...] in the precision of the store; `largest` (n,) is the
+    largest absolute value of each row before it was rounded, NaN or infinite where one is no number. Raises
+    OutputError for an overflow, else NoInputError.
+    """
+    for row in np.flatnonzero(~(largest <= float(np.finfo(stored.dtype).max))).tolist():
+        if np.isfinite(stored[row]).all():
+            continue  # it was rounded down to the largest number there is
+        if np.isfinite(largest[row]):
+            raise OutputError(
+                f"crop {name(row)}: its {kind} features reach {largest[row]:.3g}, more than {stored.dtype} holds; "
+                "type --dtype float32"
+            )
+        raise NoInputError(
+            f"crop {name(row)}: the encoder gives {kind} features that are not finite; use another encoder"
+        )
+
+
+def _read_dataset(path: Path, dataset: h5py.Dataset, rows: Rows = slice(None)) -> np.ndarray:
+    """Return rows of a data set, text as str objects."""
+    is_text = h5py.check_string_dtype(dataset.dtype) is not None
+    read = dataset.asstr(errors="surrogateescape") if is_text else dataset
+    try:
+        if isinstance(rows, slice):
+            return read[rows]
+        return _read_runs(read, rows, dataset, np.dtype(object) if is_text else dataset.dtype)
+    except OSError as error:
+        raise NoInputError(f"{path}: {dataset.name} is damaged; {MAKE_ANEW}") from error
+
+
+def _read_runs(read: Any, rows: np.ndarray, dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
+    """Return rows in any order, read in runs: rows that no chunk lies between are one run."""
+    result = np.empty((len(rows), *dataset.shape[1:]), dtype)
+    order = np.argsort(rows, kind="stable")
+    wanted = rows[order]
+    chunk_rows = dataset.chunks[0] if dataset.chunks else len(dataset)
+    ends = np.flatnonzero(np.diff(wanted) > chunk_rows) + 1
+    for begin, end in itertools.pairwise([0, *ends.tolist(), len(rows)]):
+        if begin < end:
+            first = int(wanted[begin])
+            run = read[first : int(wanted[end - 1]) + 1]
+            is_whole = len(run) == end - begin and bool((np.diff(wanted[begin:end]) == 1).all())
+            result[order[begin:end]] = run if is_whole else run[wanted[begin:end] - first]
+    return result
+
+
+def _is_compressed(dataset: h5py.Dataset) -> bool:
+    return str(ZSTD_FILTER) in dataset._filters
+
+
+def _zstd(asked_by: str) -> dict[str, Any]:
+    """Return the options that make h5py compress a data set. Raises UsageError where hdf5plugin is not installed."""
+    try:
+        import hdf5plugin  # also registers the filter for reading
+    except ImportError as error:
+        raise UsageError(f"{asked_by}: wants the package hdf5plugin; type pip install 'mefem-cli[zstd]'") from error
+    return {**hdf5plugin.Zstd(clevel=3), "shuffle": True}  # exponents apart from mantissas: they compress
 
 
 def _write_column(group: h5py.Group, name: str, values: np.ndarray, as_label: bool) -> None:
@@ -358,3 +550,5 @@ def _check(path: Path, file: h5py.File) -> None:
     num_rows = {len(file[name]) if name in file else -1 for name in datasets}
     if not kinds or len(num_rows) != 1:
         raise NoInputError(f"{path}: its columns differ in length or are missing; {MAKE_ANEW}")
+    if any(_is_compressed(file[kind]) for kind in kinds):
+        _zstd(f"{path} is compressed with zstd")
