@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mefem_cli.errors import MefemError, UsageError
+from mefem_cli.errors import UsageError
 from mefem_cli.faces import images, video_stream
 from mefem_cli.faces.images import ImageRejected
 from mefem_cli.faces.video import Frame, parse_frame_choice, read_frames
@@ -777,15 +777,28 @@ def test_wrong_choices_say_what_to_type(text: str, hint: str) -> None:
     assert str(caught.value).startswith("--frame ") and len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("long_box", [False, True])
+def test_an_mp4_that_was_cut_before_its_index_says_so(get_video: Callable[[str], Path], long_box: bool) -> None:
+    content = get_video("h264.mp4").read_bytes()
+    at = content.index(b"mdat") - 4
+    assert content.index(b"moov") > at  # the index is at the end
+    if long_box:
+        content = content[:at] + struct.pack(">I4sQ", 1, b"mdat", len(content)) + content[at + 8 :]
+    for end in (at + 20, content.index(b"moov") - 4):
+        assert "index is missing" in rejection(io.BytesIO(content[:end])).detail
+    for other in (content[:at] + b"\0\0\0\5junk", b"", b"\0\0\0\x08free" * 5000, content[:at] + b"\0\0\0\x08moov"):
+        assert "index is missing" not in rejection(io.BytesIO(other)).detail
+
+
 def test_without_pyav_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MefemError, match=re.escape('pip install "mefem-cli[video]"')):
+    with pytest.raises(ImageRejected, match=re.escape('pip install "mefem-cli[video]", then crop again with --retry')):
         next(read_frames(io.BytesIO(b""), parse_frame_choice("first"), MAX_PIXELS))
 
 
 def test_an_old_pyav_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(av, "__version__", "17.0.1")
-    with pytest.raises(MefemError, match=r'PyAV 17\.0\.1 is too old for videos: pip install --upgrade "av>=17\.1"'):
+    with pytest.raises(ImageRejected, match=r'PyAV 17\.0\.1 is too old .* pip install --upgrade "av>=17\.1", then'):
         next(read_frames(io.BytesIO(b""), parse_frame_choice("first"), MAX_PIXELS))
 
 

@@ -16,11 +16,12 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from mefem_cli.errors import MefemError, UsageError, did_you_mean
+from mefem_cli.errors import UsageError, did_you_mean
 from mefem_cli.faces.images import TOO_LARGE, UNREADABLE, ImageRejected
 from mefem_cli.faces.video_stream import Video
 
 NUM_CANDIDATES = 10  # frames among which `best` is chosen
+THEN = "then crop again with --retry-rejected"
 OLDEST_PYAV = (17, 1)  # older ones crash where the streams of a file with options appear late
 
 
@@ -82,34 +83,37 @@ def read_frames(
 
     Raises ImageRejected `unreadable` where a wanted frame is damaged or lies behind the end of a truncated file, and
     `too-large` before a frame of more than `max_pixels` is decoded. `best` gives what can be decoded of its candidates;
-    `every` gives all that can be decoded before it raises. Raises MefemError where PyAV is missing.
+    `every` gives all that can be decoded before it raises. Without PyAV every video is `unreadable`.
     """
     av = _import_av()
     if isinstance(path, str | PathLike):
-        with _rejecting(av), open(path, "rb", buffering=0) as file:
+        with _rejecting(), open(path, "rb", buffering=0) as file:
             yield from _read(av, file, choice, max_pixels, segment)
     else:
-        with _rejecting(av):
+        with _rejecting():
             yield from _read(av, path, choice, max_pixels, segment)
 
 
 def _import_av() -> Any:
+    """Return PyAV. Raises ImageRejected where it is missing or too old; photos beside videos are cropped."""
     try:
         import av
     except ImportError as error:
-        raise MefemError('videos are read with PyAV, which is missing: pip install "mefem-cli[video]"') from error
+        detail = f'videos are read with PyAV, which is missing; type: pip install "mefem-cli[video]", {THEN}'
+        raise ImageRejected(UNREADABLE, detail) from error
     if tuple(map(int, av.__version__.split(".")[:2])) < OLDEST_PYAV:
         wanted = "av>=" + ".".join(map(str, OLDEST_PYAV))
-        raise MefemError(f'PyAV {av.__version__} is too old for videos: pip install --upgrade "{wanted}"')
+        detail = f'PyAV {av.__version__} is too old for videos; type: pip install --upgrade "{wanted}", {THEN}'
+        raise ImageRejected(UNREADABLE, detail)
     return av
 
 
 @contextmanager
-def _rejecting(av: Any) -> Iterator[None]:
+def _rejecting() -> Iterator[None]:
     """Turn whatever a broken file makes the decoders raise into ImageRejected."""
     try:
         yield
-    except (ImageRejected, MefemError):
+    except ImageRejected:
         raise
     except MemoryError as error:
         raise ImageRejected(TOO_LARGE, "not enough memory to decode it") from error

@@ -1,6 +1,9 @@
-"""What is a video: by the end of its name, and by its first bytes."""
+"""What is a video: by the end of its name, and by its first bytes. And whether an MP4 file lacks its index."""
 
 from __future__ import annotations
+
+import io
+from typing import BinaryIO
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv"})
 VIDEO_SUFFIXES |= {".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".3gp", ".3g2"}
@@ -24,6 +27,7 @@ SIGNATURES = (
     b"FLV\x01",
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF: WMV
 )
+MOST_BOXES = 1000  # of an MP4 file that are looked at; whole ones have a few before their index, or one of a fragment
 
 
 def begins_like_video(start: bytes) -> bool:
@@ -54,4 +58,25 @@ def _begins_like_transport_stream(start: bytes) -> bool:
         if len(start) > offset + size:
             return start[offset + size] == 0x47
         return not all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
+    return False
+
+
+def lacks_index(file: BinaryIO) -> bool:
+    """Return whether an MP4 or QuickTime file has no `moov` box, often its last one, which tells where all is."""
+    end, at = file.seek(0, io.SEEK_END), 0
+    for _ in range(MOST_BOXES):
+        file.seek(at)
+        header = file.read(16)
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if at == 0 and kind != b"ftyp" and kind not in OLD_QUICKTIME:
+            return False
+        if size == 1:  # a long one
+            size = int.from_bytes(header[8:], "big")
+        if size == 0 and len(header) >= 8 and kind != b"moov":  # up to the end
+            return True
+        if size < 8 or kind == b"moov":
+            return False
+        at += size
+        if at >= end:
+            return True
     return False

@@ -18,6 +18,7 @@ import numpy as np
 
 from mefem_cli.faces.images import TOO_LARGE, UNREADABLE, ImageRejected
 from mefem_cli.faces.video_colour import square, upright_srgb
+from mefem_cli.faces.video_kinds import lacks_index
 
 if TYPE_CHECKING:
     import av
@@ -402,7 +403,13 @@ def _open(av: Any, file: Any, max_pixels: int) -> Any:
     if file.read(4) == b"RIFF":  # AVI tells no times of showing, and FFmpeg's guesses are wrong with B-frames
         options["fflags"] = "-genpts"
     reading: dict[str, Any] = {"metadata_errors": "replace", "buffer_size": READ_SIZE}
-    return av.open(_Bytes(file), options=_decoder_limit(max_pixels), container_options=options, **reading)
+    try:
+        return av.open(_Bytes(file), options=_decoder_limit(max_pixels), container_options=options, **reading)
+    except av.error.InvalidDataError as error:
+        if not lacks_index(file):
+            raise
+        detail = "damaged: its index is missing, as where a recording or a download was cut short"
+        raise ImageRejected(UNREADABLE, detail) from error
 
 
 def _demux(av: Any, container: Any) -> Iterator[Any]:
