@@ -145,6 +145,15 @@ class Checker(HTMLParser):
         assert self.open_tags.pop() == tag
 
 
+def test_long_names_fill_few_lines_of_the_contact_sheet(photos, tmp_path):
+    name = f"{'n' * 100}.png"
+    (photos / "0.png").rename(photos / name)
+    mefem(photos, "--detector", "none", "-o", tmp_path / "out")
+    page = (tmp_path / "out" / "contact.html").read_text(encoding="utf-8")
+    assert page.count("n" * 100) == 1  # whole under the pointer
+    assert f"{'n' * 26}.png" in page.replace(name, "")
+
+
 def test_contact_sheet_is_whole_and_offline(photos, tmp_path):
     (photos / "<script>alert(1)<").mkdir()
     (photos / "<script>alert(1)<" / '"><script>.jpg').write_bytes(b"no image")

@@ -21,6 +21,7 @@ from mefem_cli.stores.crops import OK, read_crop, text_to_path
 NUM_CROPS, NUM_REJECTS = 60, 12  # pictures shown, of crops and of each reject reason
 CROP_PX, REJECT_PX = 160, 320  # longest side of embedded pictures
 QUALITY = 85
+LONGEST_NAME = 60  # characters; the whole name appears under the pointer
 REASONS_IN_WORDS = {
     "border": "The square around the face leaves the picture.",
     "small": "The square around the face has fewer pixels than wanted.",
@@ -105,7 +106,16 @@ def _names(row: dict) -> tuple[str, str]:
     frame = f" frame {row['frame']}" if row["frame"] else ""
     whole = printable(text_to_path(row["source"]))
     below = whole.split("/")[1:] or [whole]  # all sources of one argument share its first part
-    return "/".join(below[-2:]) + frame, whole + frame
+    return _shortened("/".join(below[-2:])) + frame, whole + frame
+
+
+def _shortened(name: str) -> str:
+    """Leave out the middle of a name that would fill more than a few lines.
+
+    >>> _shortened("b" * 100 + "/photo.jpg").count("b")
+    50
+    """
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…{name[-(LONGEST_NAME // 2) :]}"
 
 
 def _rejects(rows: pa.Table, max_pixels: int) -> Iterator[str]:
