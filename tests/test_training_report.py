@@ -65,8 +65,8 @@ def make_run(path: Path, rows: list[dict], **config) -> Run:
     return run
 
 
-def write(run: Run, state: str = "it is finished", corrupt=(), **more) -> str:
-    about = health.About([("crops", "12 in crops")], 0, 10, lambda: list(corrupt))
+def write(run: Run, state: str = "it is finished", corrupt=(), total_epochs=10, **more) -> str:
+    about = health.About([("crops", "12 in crops")], 0, total_epochs, lambda: list(corrupt))
     return health.write(run, about, state, **more).read_text()
 
 
@@ -124,6 +124,13 @@ def test_the_verdict_stands_at_the_top_in_words(tmp_path, rows, headline, words)
 
 
 @pytest.mark.usefixtures("without_curves")
+def test_a_run_that_ends_before_it_learns_is_told_so(tmp_path, without_curves):
+    rows = [epoch_row(0, 2.0), epoch_row(1, 1.5), epoch_row(2, 1.2)]
+    page = write(make_run(tmp_path / "run", rows), total_epochs=2)
+    assert "Ended before it learned" in page and "Try more --epochs" in page
+    assert "Ended before it learned" not in write(make_run(tmp_path / "longer", rows), total_epochs=9)
+
+
 def test_what_happened_before_is_told(tmp_path):
     back = [epoch_row(0, 2.0), epoch_row(1, 1.4, 0.02), epoch_row(2, 1.1, 0.02), epoch_row(3), epoch_row(4)]
     last = epoch_row(5, skipped=7, data_wait=0.31)

@@ -38,6 +38,7 @@ HEADLINES: dict[alarm.Kind, str] = {
     "early": "Too early to tell",
     "unmeasured": "Not measured",
 }
+TOO_SHORT = "Ended before it learned"  # the verdict on a finished run for which it is too early
 STYLE = """<style>
 :root { --curve-1: #2a6fdb; --curve-2: #d9622b; --curve-3: #1f9d6b; --curve-4: #8a5cd6;
   --good: #1f9d6b; --bad: #c8322b; }
@@ -115,7 +116,8 @@ def write(run: Run, about: About, state: str, has_diverged: bool = False) -> Pat
     if has_diverged and not verdict.is_bad:
         verdict = alarm.Verdict("diverged", state, alarm.MEANING["diverged"])
     corrupt = about.corrupt()
-    body = [STYLE, _verdict(verdict, config), html.points(_notes(epochs, about, corrupt))]
+    is_over = bool(epochs) and epochs[-1]["epoch"] >= about.total_epochs > 0
+    body = [STYLE, _verdict(verdict, config, is_over), html.points(_notes(epochs, about, corrupt))]
     drawn = [(panel, curves.draw(panel)) for panel in panels(steps, epochs) if not panel.is_empty]
     for panel, svg in drawn:
         product.write_text(run.figures / f"{panel.name}.svg", svg)
@@ -148,13 +150,16 @@ def _lead(epochs: Sequence[Row], about: About, state: str) -> str:
     return f"Epoch {done} of {about.total_epochs}; {state}. Written {time.strftime('%Y-%m-%d %H:%M')}."
 
 
-def _verdict(verdict: alarm.Verdict, config: Row) -> str:
-    lines = [verdict.meaning, verdict.measured]
+def _verdict(verdict: alarm.Verdict, config: Row, is_over: bool) -> str:
+    headline, lines = HEADLINES[verdict.kind], [verdict.meaning, verdict.measured]
+    if is_over and verdict.kind == "early":
+        headline = TOO_SHORT
+        lines.append("What it says of faces is little more than what an untrained encoder says. Try more --epochs.")
     if verdict.is_bad:
         lines.append(alarm.advice(config, verdict.kind))
     kind = "bad" if verdict.is_bad else "good" if verdict.kind == "healthy" else ""
     paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
-    return f'<div class="callout verdict {kind}"><strong>{escape(HEADLINES[verdict.kind])}</strong>{paragraphs}</div>'
+    return f'<div class="callout verdict {kind}"><strong>{escape(headline)}</strong>{paragraphs}</div>'
 
 
 def _notes(epochs: Sequence[Row], about: About, corrupt: Sequence[str]) -> Iterator[str]:
