@@ -1,13 +1,15 @@
 """Encoders that features are taken from: what each offers, and `load`, which reads what is typed after --model.
 
 A choice is a file in this room. `--model farl:PATH` is answered by `farl.load("PATH", encoder, options)`, where
-`options` is an instance of that file's `Options`, if it has any. What is typed without such a prefix is `vit`: a run
-of ours or one of its .safetensors files. Encoders are in evaluation mode, in float32, and want no gradient.
+`options` is an instance of that file's `Options`, if it has any; its constant `SPEC` says how it is typed, and
+`farl.recognises(tensors)` whether tensors of a file look like its own. What is typed without such a prefix is `vit`: a
+run of ours or one of its .safetensors files. Encoders are in evaluation mode, in float32, and want no gradient.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class Loaded:
     encoder: FrozenEncoder
     name: str  # for people: the run's folder, "farl:FaRL-Base-Patch16-LAIONFace20M-ep16"
     weights: Path | None  # the file whose sha256 identifies it; None: there is none, `details` says why
-    spec: str  # as typed after --model
+    spec: str = ""  # as typed after --model
     description: dict[str, Any] = field(default_factory=dict)  # model.json of a run of ours, else empty
     details: dict[str, Any] = field(default_factory=dict)  # JSON: what of the file was taken, and with which options
 
@@ -78,7 +80,7 @@ def split(spec: str) -> tuple[str, str]:
             return OURS, spec
         raise UsageError(f'--model {spec}: there is no encoder "{match[1]}:"{did_you_mean(match[1], known)}')
     if not match[2]:
-        raise UsageError(f"--model {spec}: names no file; {parts.summary(f'{ROOM}.{match[1]}')}")
+        raise UsageError(f"--model {spec}: names no file; type --model {_spec(match[1])}")
     return match[1], match[2]
 
 
@@ -97,3 +99,23 @@ def load(spec: str, encoder: str | None = None, given: parts.Given | None = None
     loaded.spec = spec
     loaded.encoder.eval().requires_grad_(False)
     return loaded
+
+
+def refuse_source(spec: str, encoder: str | None) -> None:
+    """Raise UsageError if the source encoder is asked for of a choice that has one encoder."""
+    if encoder == "source":
+        raise UsageError(f"--encoder source: {spec} has one encoder only; leave --encoder out")
+
+
+def hint(path: Path, tensors: Mapping[str, torch.Tensor], choice: str = "") -> str:
+    """Return `; it looks like a file of ...` and what to type where tensors look like those of another choice."""
+    for name in parts.names(ROOM):
+        recognises = getattr(parts.load(ROOM, name), "recognises", None)
+        if name != choice and recognises is not None and recognises(tensors):
+            return f"; it looks like a file of {name}: type --model {_spec(name).replace('PATH', str(path))}"
+    return ""
+
+
+def _spec(name: str) -> str:
+    """Return how a choice is typed, `farl:PATH`."""
+    return str(parts.read_constant(f"{ROOM}.{name}", "SPEC"))

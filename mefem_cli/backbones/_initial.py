@@ -2,37 +2,29 @@
 
 A torch file may nest its tensors (`state_dict`, `model`, `encoder` and `target_encoder` of I-JEPA, `module.` of data
 parallel training): names are joined with dots, and an encoder is found by its patch projection, whatever stands before
-that. Files are untrusted: nothing is unpickled but tensors and plain containers, and names are shown as ASCII.
+that.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from mefem_cli.backbones import vit
+from mefem_cli.backbones._tensors import PATCH_PROJECTION, Tensors, preferred, read_tensors, shown, shown_name
 from mefem_cli.backbones.vit import ViTEncoder
 from mefem_cli.errors import NoInputError, OutputError
 from mefem_cli.stores import product
 from mefem_cli.stores.runs import ENCODER_FILES, Run
 
-Tensors = dict[str, torch.Tensor]
-PATCH_PROJECTION = "patch_embed.proj.weight"  # every ViT with timm's names has it
+GIVEN = "--init "  # before a path in messages
 POSITIONS, CLS = "pos_embed", "cls_token"
-AVERAGED = ("target", "teacher", "ema", "momentum")  # of several encoders in a file the averaged one is taken
 PREDICTOR = "objective.predictor."  # in a checkpoint of ours
-MAX_NESTING, MAX_TENSORS = 4, 100_000
-SHOWN_NAMES, SHOWN_CHARACTERS = 3, 60
 SAME_POSITIONS = 2e-3  # half precision is this far off
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # timm's ViTs by their width
 
@@ -61,7 +53,7 @@ class Start:
     def lines(self) -> list[str]:
         """Return what a user should know, a line each."""
         fit = self.fit
-        within = f" ({_shown_name(self.prefix)}*)" if self.prefix else ""
+        within = f" ({shown_name(self.prefix)}*)" if self.prefix else ""
         total = len(fit.loaded) + len(fit.missing) + len(fit.misshapen)
         kinds = {
             "tensors not in the file, as initialised": fit.missing,
@@ -70,7 +62,7 @@ class Start:
         }
         return [
             f"starts from {self.path}{within}: {len(fit.loaded)} of {total} tensors of the encoder",
-            *(f"{kind}: {len(names)} ({_shown(names)})" for kind, names in kinds.items() if names),
+            *(f"{kind}: {len(names)} ({shown(names)})" for kind, names in kinds.items() if names),
             *fit.notes,
             self.predictor,
         ]
@@ -83,7 +75,7 @@ def start(objective: Any, path: Path) -> Start:
     OutputError where no block of it fits.
     """
     weights, num_heads = _locate(path)
-    tensors = read_tensors(weights)
+    tensors = read_tensors(weights, GIVEN)
     prefix, found = find_encoder(tensors, weights)
     encoders = list(objective.encoders().values())
     if num_heads not in (None, encoders[0].num_heads):  # shapes do not tell
@@ -115,83 +107,7 @@ def _locate(path: Path) -> tuple[Path, int | None]:
     raise NoInputError(f"--init {path}: no run folder (neither model.json nor last.ckpt in it); name a run or a file")
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> Tensors:
-    """Return all tensors of a safetensors or torch file by their dotted names, on the CPU and read when they are used.
-
-    Raises NoInputError for a file that is damaged or holds more than tensors and plain containers.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise NoInputError(f"--init {path}: cannot be read ({error.strerror})") from error
-    if head[8:] == b"{":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise NoInputError(f"--init {path}: cannot be read as safetensors ({_first_line(error)})") from error
-    content = _load_torch(path)
-    if not isinstance(content, Mapping):
-        raise NoInputError(f"--init {path}: holds a {type(content).__name__}, not tensors by name")
-    tensors = dict(_named_tensors(content))
-    if len(tensors) > MAX_TENSORS:
-        raise NoInputError(f"--init {path}: holds more than {MAX_TENSORS:,} tensors; that is no encoder")
-    return tensors
-
-
-def _load_torch(path: Path) -> Any:
-    """Return what `torch.save` wrote. A zip is mapped into memory, so only what is used of it takes any."""
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _refuse_compressed(path)
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
-    except (Exception, MemoryError) as error:  # torch's reader raises whatever a damaged file makes it do
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise NoInputError(
-                f"--init {path}: holds {refused[1][:SHOWN_CHARACTERS]} beside tensors; that is not unpickled, as it "
-                "could run code; save its state dict alone, best as .safetensors, and name that file"
-            ) from error
-        raise NoInputError(
-            f"--init {path}: cannot be read as a safetensors or torch file ({_first_line(error)})"
-        ) from error
-
-
-def _refuse_compressed(path: Path) -> None:
-    """Raise ValueError for a zip that unpacks to more than its size; torch does not compress."""
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("a zip with compressed members")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # before that torch explains itself
-    return _shown_name((text.splitlines() or [type(error).__name__])[0])
-
-
-def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors of nested dicts with their dotted names; one more than are allowed at most."""
-    pending: list[tuple[str, int, Mapping[Any, Any]]] = [("", 0, content)]
-    seen: set[int] = set()  # a dict may hold itself, or one dict a thousand times
-    count = 0
-    while pending:
-        prefix, depth, tree = pending.pop()
-        if id(tree) in seen:
-            continue
-        seen.add(id(tree))
-        for key, value in tree.items():
-            if isinstance(value, torch.Tensor):
-                yield f"{prefix}{key}", value.detach()
-                count += 1
-                if count > MAX_TENSORS:
-                    return
-            elif isinstance(value, Mapping) and depth < MAX_NESTING:
-                pending.append((f"{prefix}{key}.", depth + 1, value))
+# Finding -------------------------------------------------------------------------------------------------------------
 
 
 def find_encoder(tensors: Tensors, path: Path) -> tuple[str, Tensors]:
@@ -204,9 +120,9 @@ def find_encoder(tensors: Tensors, path: Path) -> tuple[str, Tensors]:
     if not prefixes:
         raise NoInputError(
             f"--init {path}: no encoder with timm's names in it (no {PATCH_PROJECTION}); it has "
-            f"{len(tensors)} tensors ({_shown(list(tensors))})"
+            f"{len(tensors)} tensors ({shown(list(tensors))})"
         )
-    prefix = min(prefixes, key=lambda one: (not any(word in one.lower() for word in AVERAGED), len(one), one))
+    prefix = preferred(prefixes)
     return prefix, {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
 
@@ -273,7 +189,7 @@ def _start_predictor(predictor: nn.Module, tensors: Tensors, weights: Path) -> s
         checkpoint = Run(weights.parent).checkpoint_path
         if weights.name not in ENCODER_FILES.values() or not checkpoint.is_file():
             return "predictor: starts fresh"
-        weights, tensors = checkpoint, read_tensors(checkpoint)
+        weights, tensors = checkpoint, read_tensors(checkpoint, GIVEN)
     found = {name.removeprefix(PREDICTOR): one for name, one in tensors.items() if name.startswith(PREDICTOR)}
     ours: Tensors = predictor.state_dict()
     if found.keys() != ours.keys() or not all(_fits(found[name], ours[name]) for name in ours):
@@ -296,13 +212,3 @@ def _what_would_fit(found: Tensors) -> str:
     if patch != 16:
         options += f" --patch-size {patch}"
     return f"it has {depth} blocks of {width} features and patches of {patch} px; type {options}"
-
-
-def _shown(names: list[str]) -> str:
-    rest = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(map(_shown_name, names[:SHOWN_NAMES])) + rest
-
-
-def _shown_name(name: str) -> str:
-    """Return a name without control characters, which a terminal would obey."""
-    return ascii(name)[1:-1][:SHOWN_CHARACTERS]

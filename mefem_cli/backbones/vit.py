@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from mefem_cli.backbones._frozen import FrozenEncoder, Loaded, Preprocessing
+from mefem_cli.backbones._frozen import FrozenEncoder, Loaded, Preprocessing, hint
 from mefem_cli.engine import checkpoint
 from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.stores import product
@@ -236,9 +236,33 @@ def load_encoder(path: Path, which: str | None = None) -> tuple[ViTEncoder, dict
 
 
 def load(argument: str, encoder: str | None = None, options: None = None) -> Loaded:
-    """Load an encoder of ours for `mefem embed`; see `load_encoder`."""
-    vit_encoder, description, weights = load_encoder(Path(argument), encoder)
+    """Load an encoder of ours for `mefem embed`; see `load_encoder`.
+
+    Raises NoInputError for a file of another family, which it names.
+    """
+    path = Path(argument)
+    if path.is_file() and not (path.suffix == ".safetensors" and (path.parent / "model.json").is_file()):
+        raise NoInputError(f"{path}: not an encoder of a run of mefem (no model.json beside it){_hint(path)}")
+    if (
+        path.is_file()
+        and encoder is not None
+        and path.name == ENCODER_FILES["target" if encoder == "source" else "source"]
+    ):
+        raise UsageError(f"--encoder {encoder}: {path} is the other one; name the run's folder or leave --encoder out")
+    vit_encoder, description, weights = load_encoder(path, encoder)
     which = "source" if weights.name == ENCODER_FILES["source"] else "target"
     folder = weights.resolve().parent.name
     name = folder if which == "target" else f"{folder}:source"
-    return Loaded(vit_encoder, name, weights, argument, description, {"encoder": which})
+    return Loaded(vit_encoder, name, weights, description=description, details={"encoder": which})
+
+
+def _hint(path: Path) -> str:
+    """Return what to type for a file of someone else."""
+    from mefem_cli.backbones._tensors import read_tensors
+
+    if path.suffix == ".onnx":
+        return f"; type --model onnx:{path}"
+    try:
+        return hint(path, read_tensors(path))
+    except NoInputError as error:
+        return f" ({error})"
