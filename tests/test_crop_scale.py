@@ -349,6 +349,31 @@ def test_hostile_and_damaged_shards(tmp_path):
     assert all((tmp_path / "out").resolve() in path.resolve().parents for path in (tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_mended_shard_leaves_no_reject_behind(photos, tmp_path, shards):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for index in range(1, 5):
+            archive.add(next(photos.rglob(f"0{index}.jpg")), f"{index}.jpg")
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:-20480])
+    first = crop(tmp_path / "a.tar", tmp_path / "out", shards=shards)
+    assert first.rejects == {"unreadable": 1}
+    assert crop(tmp_path / "a.tar", tmp_path / "out", shards=shards, limit=1).rejects == {"unreadable": 1}  # not mended
+    (tmp_path / "a.tar").write_bytes(whole)
+    mended = crop(tmp_path / "a.tar", tmp_path / "out", shards=shards)
+    assert (mended.crops, mended.rejects, mended.vanished) == (4, {}, 0)
+    assert mended.crops > first.crops
+    crop(tmp_path / "a.tar", tmp_path / "anew", shards=shards)
+    assert content(tmp_path / "out").keys() == content(tmp_path / "anew").keys()
+    assert (tmp_path / "out" / "rejects.csv").read_bytes() == (tmp_path / "anew" / "rejects.csv").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:-20480])
+    crop(tmp_path / "a.tar", tmp_path / "out", shards=shards)
+    (tmp_path / "a.tar").unlink()
+    photo(tmp_path / "b.jpg", 1)
+    gone = crop(tmp_path / "b.jpg", tmp_path / "out", shards=shards)  # nobody knows whether it was mended
+    assert (gone.rejects, gone.vanished) == ({"unreadable": 1}, 5)
+
+
 def test_compressed_shard_says_how_to_unpack_it(tmp_path):
     with tarfile.open(tmp_path / "faces.tar", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("empty.png"))

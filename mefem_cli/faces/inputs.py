@@ -22,7 +22,7 @@ from typing import Any
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.faces import images, tables
 from mefem_cli.faces.listing import Listing, without_repeats
-from mefem_cli.faces.source import NOTHING, Given, GivenFace, Label, Source, hash63, printable
+from mefem_cli.faces.source import DAMAGED_SHARD, NOTHING, Given, GivenFace, Label, Source, hash63, printable
 from mefem_cli.faces.video_kinds import VIDEO_SUFFIXES
 from mefem_cli.stores import shards
 from mefem_cli.stores.crops import MANIFEST, PROVENANCE
@@ -231,7 +231,7 @@ class _Finder:
                         yield self._member(path, name, member, labels, status.st_mtime_ns)
         except (shards.DamagedShard, OSError) as error:
             why = error.detail if isinstance(error, shards.DamagedShard) else error.strerror
-            yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"tar shard: {why}")
+            yield Source(f"{name}/", path, status.st_size, status.st_mtime_ns, f"{DAMAGED_SHARD}{why}")
 
     def _member(self, path: str, name: str, member: shards.Member, labels: dict[str, Label], mtime: int) -> Source:
         problem = shards.unsafe_name(member.name)

@@ -229,7 +229,8 @@ def _finish_run(
     out: Path, options: CropOptions, product_options: ProductOptions, journal: Journal, plan: Plan
 ) -> CropReport:
     journal.close()
-    rows = manifest.in_source_order(journal.read(), plan.listing.sources)
+    rows = manifest.without_mended_shards(journal.read(), plan.listing.sources)
+    rows = manifest.in_source_order(rows, plan.listing.sources)
     return finish(out, options, product_options, journal, plan, rows, {})
 
 

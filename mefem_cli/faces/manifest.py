@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.faces import contact
 from mefem_cli.faces.listing import SourceList
-from mefem_cli.faces.source import Label, printable
+from mefem_cli.faces.source import DAMAGED_SHARD, Label, Source, printable
 from mefem_cli.stores import product
 from mefem_cli.stores.crops import (
     CONTACT,
@@ -47,6 +47,26 @@ def _positions(rows: pa.Table, sources: SourceList) -> np.ndarray:
     order = np.argsort(sources.names, kind="stable")
     index = np.minimum(np.searchsorted(sources.names, hashes, sorter=order), len(order) - 1)
     return np.where(sources.names[order[index]] == hashes, order[index], len(order))
+
+
+def without_mended_shards(rows: pa.Table, sources: SourceList) -> pa.Table:
+    """Leave out what was said of damaged shards that are listed as such no longer and have changed since."""
+    is_listed = _positions(rows, sources) < len(sources)
+    was_damaged = pc.starts_with(rows["detail"], DAMAGED_SHARD).to_numpy()
+    is_mended = np.zeros(len(rows), bool)
+    for index in np.flatnonzero(was_damaged & ~is_listed).tolist():
+        file, detail, state = (rows[name][index].as_py() for name in ("file", "detail", "state"))
+        is_mended[index] = _has_changed(text_to_path(file), detail, state)
+    return rows.filter(pa.array(~is_mended))
+
+
+def _has_changed(path: str, problem: str, state: int) -> bool:
+    """Return whether a file is there and is another one than that with a problem and a state."""
+    try:
+        status = os.stat(path)
+    except OSError:  # vanished, which the manifest marks
+        return False
+    return Source("", path, status.st_size, status.st_mtime_ns, problem).state != state
 
 
 def readable(rows: pa.Table, sources: SourceList | None) -> pa.Table:

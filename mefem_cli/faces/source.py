@@ -13,6 +13,8 @@ from mefem_cli.stores.crops import path_to_text
 Label = str | float | None
 WHOLE_FILE = -1
 
+DAMAGED_SHARD = "tar shard: "  # begins the problem of a source that stands for what of a shard cannot be read
+
 
 @dataclass(frozen=True, slots=True)
 class GivenFace:
