@@ -1,5 +1,6 @@
 """The feature store: what is written is read back, and whatever is no complete store of ours is refused in one line."""
 
+import sys
 from pathlib import Path
 
 import h5py
@@ -220,3 +221,111 @@ def test_a_disk_that_fills_up_is_told_before_hdf5_crashes(tmp_path, monkeypatch)
         writer.append(["a"], mean=np.ones((1, 4)))
         writer.append(["b"], mean=np.ones((1, 4)))
     assert list(tmp_path.iterdir()) == []
+
+
+# Views, runs of rows, joined labels ----------------------------------------------------------------------------------
+
+
+def numbered(path: Path, count: int = 700, **options) -> np.ndarray:
+    """Write a store whose row r holds r; return the features."""
+    values = np.repeat(np.arange(count, dtype=np.float32)[:, None], WIDTH, axis=1)
+    patches = np.repeat(values[:, None], PATCHES, axis=1)
+    with FeatureWriter(path, {}, WIDTH, "float32", PATCHES, has_mean=False, **options) as writer:
+        writer.append([str(row) for row in range(count)], cls=values, patches=patches)
+        writer.finish(
+            {"row": np.arange(count), "odd": np.array(["yes" if row % 2 else "" for row in range(count)])}, {}
+        )
+    return patches
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    path = tmp_path_factory.mktemp("many") / "features.h5"
+    return path, numbered(path)
+
+
+@given(
+    rows=st.lists(st.integers(0, 699), max_size=60),
+    batch_size=st.integers(1, 70),
+    kind=st.sampled_from(["cls", "patches"]),
+)
+def test_any_rows_come_in_their_order(many, rows, batch_size, kind):
+    path, patches = many
+    with FeatureStore.open(path) as store:
+        batches = list(store.iter_batches(kind, np.array(rows, dtype=int), batch_size))
+        assert [len(one) for one in batches] == [
+            min(batch_size, len(rows) - at) for at in range(0, len(rows), batch_size)
+        ]
+        expected = patches[rows] if kind == "patches" else patches[rows, 0]
+        assert np.array_equal(np.concatenate([expected[:0], *batches]), expected)
+        assert np.array_equal(store.select(rows).read(kind), expected)
+
+
+def test_neighbouring_rows_are_read_in_one_go(many, monkeypatch):
+    path, _ = many
+    reads: list = []
+    read = h5py.Dataset.__getitem__
+    monkeypatch.setattr(
+        h5py.Dataset, "__getitem__", lambda self, key, **more: (reads.append(key), read(self, key, **more))[1]
+    )
+    with FeatureStore.open(path) as store:
+        (batch,) = store.iter_batches("patches", np.array([3, 4, 5, 6, 400, 401, 402]), 64)
+    assert reads == [slice(3, 7), slice(400, 403)]
+    assert batch[:, 0, 0].tolist() == [3, 4, 5, 6, 400, 401, 402]
+
+
+@pytest.mark.parametrize("rows", [slice(5, 20, 3), [7, 3, 3, -1], np.arange(700) % 100 == 1])
+def test_a_view_is_the_store_at_those_rows(many, rows):
+    path, patches = many
+    numbers = np.arange(700)[rows]
+    with FeatureStore.open(path) as store:
+        view = store.select(rows)
+        assert len(view) == len(numbers)
+        assert list(view.ids) == [str(one) for one in numbers]
+        assert view.labels["row"].tolist() == numbers.tolist()
+        assert np.array_equal(np.concatenate([*view.iter_batches("patches", batch_size=4)]), patches[numbers])
+        again = view.select([1, 0])
+        assert list(again.ids) == [str(numbers[1]), str(numbers[0])]
+        assert np.array_equal(again.read("cls"), patches[numbers[[1, 0]], 0])
+        with pytest.raises(IndexError):
+            view.select([len(numbers)])
+        with pytest.raises(IndexError):
+            view.select(np.ones(3, bool))
+
+
+def test_joined_labels_follow_a_view(many, tmp_path):
+    path, _ = many
+    (tmp_path / "t.csv").write_text("id,age\n3,30\n5,50\n6,60\n")
+    with FeatureStore.open(path) as store:
+        joined = store.select([6, 5, 4, 3]).join_labels(tmp_path / "t.csv", "id")
+        assert np.array_equal(joined.labels["age"], [60, 50, np.nan, 30], equal_nan=True)
+        assert joined.select([3, 0]).labels["age"].tolist() == [30, 60]
+        assert joined.select([3, 0]).labels["row"].tolist() == [3, 6]
+        assert set(joined.labels) == {"row", "odd", "age"} and len(joined.labels) == 3
+        assert "age" not in store.labels
+        with pytest.raises(UsageError, match="no /meta/source"):
+            store.join_labels(tmp_path / "t.csv", "age")
+
+
+def test_a_compressed_store_holds_the_same(tmp_path, many, monkeypatch):
+    pytest.importorskip("hdf5plugin")
+    path = tmp_path / "small.h5"
+    patches = numbered(path, compress="zstd")
+    with FeatureStore.open(path) as store:
+        assert store.compression == "zstd"
+        assert np.array_equal(store.read("patches"), patches)
+    assert path.stat().st_size < many[0].stat().st_size / 2
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    with pytest.raises(UsageError, match=r"small.h5 is compressed with zstd: wants .*pip install 'mefem-cli\[zstd\]'"):
+        FeatureStore.open(path)
+    with pytest.raises(UsageError, match="--compress zstd: wants"):
+        numbered(tmp_path / "other.h5", compress="zstd")
+
+
+def test_crops_that_could_not_be_read_are_kept_in_mind(path):
+    with FeatureWriter(path, {}, WIDTH, has_mean=False) as writer:
+        writer.append(["a"], cls=np.ones((1, WIDTH)))
+        writer.finish({}, {}, unreadable={"b": "ab12", "c": ""})
+    with FeatureStore.open(path) as store:
+        assert store.unreadable == {"b": "ab12", "c": ""}
+        assert list(store.ids) == ["a"]

@@ -96,7 +96,7 @@ class Parts:
         known: dict[str, list[np.ndarray]] = {name: [] for name in SPELLINGS}
         for path in sorted(folder.glob("*.npz")):
             try:
-                with np.load(path) as part:
+                with path.open("rb") as file, np.load(file) as part:
                     columns = {name: part[name] for name in SPELLINGS}
             except DAMAGED:
                 console.warn(f"{path} is damaged, as after a power cut; its crops are embedded anew")
@@ -135,7 +135,7 @@ class Parts:
             path = self.paths[number]
             self._open = None  # not two at a time
             try:
-                with np.load(path) as part:
+                with path.open("rb") as file, np.load(file) as part:
                     self._open = number, {kind: part[kind] for kind in KINDS if kind in part.files}
             except DAMAGED as error:
                 path.unlink(missing_ok=True)

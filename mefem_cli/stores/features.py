@@ -272,6 +272,10 @@ class FeatureStore:
         """The kinds of features that are stored, of cls, mean and patches."""
         return [kind for kind in KINDS if self.has(kind)]
 
+    def shape(self, kind: str) -> tuple[int, ...]:
+        """Return the shape of a kind of features: (N, D), of patches (N, T, D)."""
+        return (len(self), *self._file[kind].shape[1:])
+
     @property
     def embed_dim(self) -> int:
         """Values in a feature vector or token."""
@@ -426,6 +430,18 @@ class Columns(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored_names or name in self.added
+
+
+def replace_labels(file: h5py.File, columns: Mapping[str, np.ndarray], source: Mapping[str, Any]) -> None:
+    """Write label columns (N,) into an open store, instead of those of the same names, and record their source."""
+    group = file.require_group("labels")
+    for name, values in columns.items():
+        if _encode_name(name) in group:
+            del group[_encode_name(name)]
+        _write_column(group, name, np.asarray(values), as_label=True)
+    record = json.loads(file.attrs.get("provenance", "{}"))
+    record.setdefault(JOINED, []).append({**source, "columns": list(columns)})
+    file.attrs["provenance"] = json.dumps(record)
 
 
 def refuse_unstorable(name: Callable[[int], str], kind: str, stored: np.ndarray, largest: np.ndarray) -> None:
