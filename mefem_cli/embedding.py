@@ -1,8 +1,21 @@
-"""Embedding crops with an encoder into a feature store; what `mefem embed` runs."""
+"""Embedding crops with encoders into feature stores, one each; what `mefem embed` runs.
+
+Threads decode crops and make of each what every encoder wants to see, the device encodes, and a thread writes parts of
+the stores (see `stores/feature_parts.py`), which become stores at the end. So a run that was killed goes on, several
+processes share the work, and the old store stays until the new one is complete.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+import itertools
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,190 +23,483 @@ import numpy as np
 import torch
 
 from mefem_cli import console
-from mefem_cli.backbones import vit
+from mefem_cli.backbones import _alignment, _frozen
+from mefem_cli.backbones._frozen import Loaded, Preprocessing
+from mefem_cli.engine import allocator, encode
 from mefem_cli.engine.device import Device, DeviceOptions, announce, choose_device
-from mefem_cli.engine.stream import ImageStream
-from mefem_cli.errors import NoInputError, OutOfMemory, OutputError, UsageError
+from mefem_cli.engine.distributed import World
+from mefem_cli.engine.encode import Encoding, Features
+from mefem_cli.engine.stop import stop_signals
+from mefem_cli.engine.stream import Batch, ImageStream, Resized, View
+from mefem_cli.errors import NoInputError, OutputError, Stopped, UsageError
+from mefem_cli.parts import Given
+from mefem_cli.stores import feature_parts, runs
 from mefem_cli.stores import product as products
-from mefem_cli.stores import runs
 from mefem_cli.stores.crops import Crops
-from mefem_cli.stores.features import FeatureStore, FeatureWriter
+from mefem_cli.stores.feature_parts import Parts, PartWriter
+from mefem_cli.stores.features import JOINED, KINDS, FeatureStore, FeatureWriter, refuse_unstorable
 from mefem_cli.stores.product import ProductOptions
 
 RUNS = Path("runs")
-AUTO_BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
+WRITES_AHEAD = 3  # batches on their way to the disk
+DEFAULTS = {"compress": None, "alignment": _frozen.NO_ALIGNMENT}  # what stores of an earlier mefem do not record
+NAMED_AS = re.compile(r"[^\w.-]+")  # characters that a file's name is better without
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
     """The features."""
 
-    model: str | None = None  # a run folder or its model.safetensors; default: runs/latest
+    model: list[str] = field(default_factory=list)  # an encoder: a run, its model.safetensors, or as timm:NAME@PATH
+    # one of others (see below); given again, crops are read once and each encoder gets a store; default: runs/latest
     encoder: Literal["target", "source"] | None = None  # which encoder of the run; default: target, the EMA of source
     patches: bool = False  # store the features of every patch too
     dtype: Literal["float16", "float32"] = "float16"  # precision in the store
+    compress: Literal["zstd"] | None = None  # compress the store; readers then need the package hdf5plugin
+    gpus: int = 1  # GPUs of this machine to embed on, one process each; without GPUs: processes on the CPU
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise UsageError(f"--gpus {self.gpus}: wanted 1 or more")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A complete store."""
+
+    out: Path
+    crops: int  # in the store
+    embedded: int  # by this run
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The face laid onto the template of its encoder."""
+
+    preprocessing: Preprocessing
+    keypoints: np.ndarray  # [N, 4, 2], px of the crops
+
+    @property
+    def image_size(self) -> int:
+        """Side of the encoder's input, px."""
+        return self.preprocessing.image_size
+
+    def fill(self, crop: np.ndarray, row: int, image: np.ndarray) -> None:
+        """Warp the crop into `image`."""
+        image[:] = _alignment.aligned(crop, self.keypoints[row], self.preprocessing)
+
+
+class Embedding:
+    """One encoder and the store that its features go to."""
+
+    def __init__(self, loaded: Loaded, crops: Crops, device: Device, options: EmbedOptions):
+        self.loaded, self.crops, self.options = loaded, crops, options
+        self.out = Path()
+        encoder = self.encoder = loaded.encoder.to(device.torch)
+        if options.patches and not encoder.num_patches:
+            raise UsageError(f"--patches: {loaded.spec} has no features of patches; leave --patches out")
+        has = {"cls": encoder.class_token, "mean": encoder.has_mean, "patches": options.patches}
+        self.kinds = [kind for kind in KINDS if has[kind]]
+        self.encoding = Encoding(encoder, device, self.kinds, options.dtype)
+        sha256 = products.file_sha256(loaded.weights) if loaded.weights is not None else None
+        self.model: dict[str, Any] = {"name": loaded.name, "sha256": sha256, **loaded.details}
+        if sha256 is None:
+            self.model["spec"] = loaded.spec
+        precision = "bf16" if device.dtype is torch.bfloat16 else "fp32"
+        self.settings: dict[str, Any] = {"patches": options.patches, "dtype": options.dtype, "precision": precision}
+        self.settings["compress"] = options.compress
+        self.preprocessing: dict[str, Any] = json.loads(json.dumps(asdict(encoder.preprocessing)))
+        self.device = device
+        self.old: FeatureStore | None = None
+        self.kept = np.zeros(0, dtype=bool)  # of the old store's rows, True: the crop is there, with the same bytes
+
+    @property
+    def view(self) -> View:
+        """What the encoder wants to see of a crop. Raises NoInputError where a crop cannot serve."""
+        wanted = self.encoder.preprocessing
+        if wanted.alignment == _frozen.NO_ALIGNMENT:
+            return Resized(wanted.image_size, wanted.interpolation)
+        return Aligned(wanted, _alignment.crop_keypoints(self.crops, self.loaded.spec))
+
+    # What is there already -----------------------------------------------------------------------------------------
+
+    def open_old(self, overwrite: bool) -> None:
+        """Open the store at `out`, if one is to be gone on with. Raises OutputError if it is another encoder's."""
+        if overwrite or not self.out.exists():
+            return
+        old = FeatureStore.open(self.out)
+        record = old.provenance
+        recorded = {**DEFAULTS, **old.model, **record.get("options", {}), **record.get("preprocessing", {})}
+        wanted = {**self.model, **self.settings, **self.preprocessing}
+        there = {name: recorded.get(name) for name in wanted}
+        changes = products.difference(there, wanted, ignore=frozenset({"name"}))
+        if changes:
+            old.close()
+            raise OutputError(f"{self.out} was made differently: {changes}; type --overwrite or another -o")
+        current = dict(zip(self.crops.ids, self.crops.columns["crop_sha256"], strict=True))
+        pairs = zip(old.ids, old.meta["crop_sha256"], strict=True)
+        self.kept = np.array([current.get(name) == digest for name, digest in pairs], dtype=bool)
+        if not self.kept.any():
+            old.close()
+            raise OutputError(f"{self.out} holds other crops; type --overwrite or another -o")
+        self.old = old
+
+    def close_old(self) -> None:
+        """Close the old store, if there is one."""
+        if self.old is not None:
+            self.old.close()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the old store is what would be made."""
+        old = self.old
+        if old is None or old.provenance.get("inputs") != self.crops.inputs() or not self.kept.all():
+            return False
+        return len(old) + len(self._still_unreadable(old.unreadable)) == len(self.crops)
+
+    def missing(self) -> np.ndarray:
+        """Return the rows of the crops that neither the old store nor a part has, in order."""
+        parts = Parts(feature_parts.folder_of(self.out))
+        for path in parts.damaged:
+            console.warn(f"{path} is damaged, as after a power cut; its crops are embedded anew")
+        is_there = self._is_old() | (self._places(parts) >= 0)
+        is_there[self._still_unreadable({**self._old_unreadable, **parts.unreadable})] = True
+        return np.flatnonzero(~is_there)
+
+    def _is_old(self) -> np.ndarray:
+        """Return which crops the old store has, (N,) bool."""
+        kept = set(self.old.ids[self.kept]) if self.old is not None else set()
+        return np.fromiter((name in kept for name in self.crops.ids), bool, len(self.crops))
+
+    @property
+    def _old_unreadable(self) -> dict[str, str]:
+        return self.old.unreadable if self.old is not None else {}
+
+    def _places(self, parts: Parts) -> np.ndarray:
+        return parts.locate(self.crops.ids, self.crops.columns["crop_sha256"])
+
+    def _still_unreadable(self, known: Mapping[str, str]) -> list[int]:
+        """Return the rows of crops that could not be read and have not changed since."""
+        rows = [row for row, name in enumerate(self.crops.ids) if name in known] if known else []
+        return [row for row in rows if bytes_sha256(self.crops, row) == known[self.crops.ids[row]]]
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> dict[str, Any]:
+        """Return what all parts of the store have in common."""
+        model = {name: value for name, value in self.model.items() if name != "name"}
+        return {"model": model, "options": {**self.settings, "compress": None}, "preprocessing": self.preprocessing}
+
+    def finish(self, seed: int) -> tuple[int, set[str]]:
+        """Copy the old store's rows and those of the parts into the store; return how many, and the unreadable ids.
+
+        Raises OutputError where rows are missing, NoInputError where there is none.
+        """
+        ids, parts, is_old = self.crops.ids, Parts(feature_parts.folder_of(self.out)), self._is_old()
+        places = self._places(parts)
+        new = np.flatnonzero((places >= 0) & ~is_old)
+        row_of = {name: row for row, name in enumerate(ids)}
+        old_rows = [row_of[name] for name in self.old.ids[self.kept]] if self.old is not None else []
+        rows = np.array([*old_rows, *new], dtype=np.int64)
+        is_there = np.isin(np.arange(len(ids)), rows)
+        known = {**self._old_unreadable, **parts.unreadable}
+        unreadable = {ids[row]: known[ids[row]] for row in self._still_unreadable(known) if not is_there[row]}
+        if len(rows) + len(unreadable) != len(ids):
+            raise OutputError(f"{self.out}: crops changed meanwhile; type the same again, which embeds those anew")
+        if not len(rows):
+            raise NoInputError("none of the crops can be read; rerun mefem crop")
+        with self._writer(seed) as writer:
+            if self.old is not None:
+                self.old.copy_rows_into(writer, self.kept)
+            parts.copy_into(writer, [ids[row] for row in new], places[new])
+            columns = {name: values[rows] for name, values in self.crops.columns.items() if name != "id"}
+            writer.finish(self._labels(rows), columns, unreadable)
+        parts.remove()
+        return len(rows), set(unreadable)
+
+    def _writer(self, seed: int) -> FeatureWriter:
+        record = products.provenance(self.settings, self.crops.inputs(), seed, str(self.device))
+        record |= {"model": self.model, "preprocessing": self.preprocessing}
+        if self.old is not None and JOINED in self.old.provenance:
+            record[JOINED] = self.old.provenance[JOINED]
+        return FeatureWriter(
+            self.out,
+            record,
+            self.encoder.embed_dim,
+            self.options.dtype,
+            num_patches=self.encoder.num_patches if self.options.patches else 0,
+            has_cls="cls" in self.kinds,
+            has_mean="mean" in self.kinds,
+            compress=self.options.compress,
+        )
+
+    def _labels(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the labels of the crops, and those that `mefem store labels` joined to the old store."""
+        labels = {name: values[rows] for name, values in self.crops.labels.items()}
+        joined = self.old.joined_labels if self.old is not None else []
+        if self.old is None or not joined:
+            return labels
+        row_of = {name: row for row, name in enumerate(self.old.ids)}
+        places = np.array([row_of.get(self.crops.ids[row], -1) for row in rows])
+        for name in joined:
+            values = self.old.labels[name][places]
+            values[places < 0] = np.nan if values.dtype.kind == "f" else ""
+            labels[name] = values
+        if (places < 0).any():
+            console.warn(f"{self.out}: new crops lack the labels joined before; type mefem store labels again")
+        return labels
 
 
 @dataclass
 class Job:
-    """Crops and an encoder, ready to run."""
+    """Crops and encoders, ready to run."""
 
     options: EmbedOptions
     product: ProductOptions
     crops: Crops
-    encoder: vit.ViTEncoder
-    model: dict[str, Any]  # what tells this encoder from others in the store
+    embeddings: list[Embedding]
     device: Device
     stream: ImageStream
     batch_size: int
-    out: Path
+    world: World
 
     @classmethod
     def prepare(
-        cls, folders: list[Path], options: EmbedOptions, machine: DeviceOptions, product: ProductOptions
+        cls,
+        folders: list[Path],
+        options: EmbedOptions,
+        machine: DeviceOptions,
+        product: ProductOptions,
+        given: Given | None = None,
+        world: World | None = None,
     ) -> Job:
-        """Load the encoder and open the crops. Raises MefemError for whatever is missing or does not fit."""
-        path = Path(options.model) if options.model else runs.latest_run(RUNS)
-        encoder, description, weights = vit.load_encoder(path, options.encoder)
-        crops = Crops.open(*(folders or _default_crops(description)))
+        """Load the encoders and open the crops. Raises MefemError for whatever is missing or does not fit.
+
+        `given` holds the options of the encoders' choices (see `backbones/_frozen.py`), `world` the processes that
+        share the work.
+        """
+        asked = _batch_size(machine.batch_size)
+        specs = options.model or [str(runs.latest_run(RUNS))]
+        encoders = [_frozen.load(spec, options.encoder, given) for spec in specs]
+        crops = Crops.open(*(folders or _default_crops(encoders[0].description)))
         if product.limit is not None:
             crops = crops.select(range(min(product.limit, len(crops))))
-        which = "source" if weights.name == runs.ENCODER_FILES["source"] else "target"
-        model = {"name": _model_name(weights, which), "sha256": products.file_sha256(weights), "encoder": which}
         device = choose_device(machine.device, machine.precision)
-        stream = ImageStream(crops, encoder.image_size, machine.workers)
-        batch_size = _batch_size(machine.batch_size, device)
-        out = Path(product.out or "features.h5")
-        return cls(options, product, crops, encoder.to(device.torch), model, device, stream, batch_size, out)
+        embeddings = [Embedding(loaded, crops, device, options) for loaded in encoders]
+        for one, out in zip(embeddings, out_paths(product.out, [one.model for one in embeddings]), strict=True):
+            one.out = out
+        views = [one.view for one in embeddings]
+        stream = ImageStream(crops, crops.size, machine.workers, views=views, tolerant=True)
+        if asked is None and not product.dry_run:
+            asked = encode.auto_batch([one.encoding for one in embeddings], [view.image_size for view in views])
+        batch_size = asked or encode.AUTO_BATCH.get(device.torch.type, 256)
+        return cls(options, product, crops, embeddings, device, stream, batch_size, world or World())
 
-    def run(self) -> dict[str, int]:
-        """Write the store, embedding only what an existing store of the same encoder lacks.
+    def run(self) -> list[Done]:
+        """Write the stores, embedding only what an existing store of the same encoder, or a killed run, lacks.
 
-        Returns counts: `crops` in the store, `embedded` now, `unreadable`. Raises OutputError if the store at `out`
-        was made by another encoder or with other options, or holds none of these crops.
+        In several processes each embeds its share, and the first one writes the stores. Raises OutputError if a store
+        was made by another encoder or with other options, or holds none of these crops, or another process writes it.
         """
-        old = self._existing_store()
-        if (
-            old is not None
-            and old.provenance.get("inputs") == self.crops.inputs()
-            and set(old.ids) == set(self.crops.ids)
-        ):
-            console.note(f"{self.out}: complete already")
-            return {"crops": len(old), "embedded": 0, "unreadable": 0}
-        announce(self.device)
-        kept = self._reusable_rows(old)
-        done = set(old.ids[kept]) if old is not None else set()
-        missing = np.array([row for row, name in enumerate(self.crops.ids) if name not in done], dtype=int)
-        sizes: dict[str, Any] = {
-            "embed_dim": self.encoder.embed_dim,
-            "num_patches": self.encoder.num_patches if self.options.patches else 0,
-        }
-        writer = FeatureWriter(
-            self.out, self._provenance(), dtype=self.options.dtype, has_cls=self.encoder.class_token, **sizes
-        )
-        with writer:
-            if old is not None:
-                old.copy_rows_into(writer, kept)
-            self._embed(missing, writer)
-            names = [*(old.ids[kept] if old is not None else []), *(self.crops.ids[row] for row in missing)]
-            unreadable = set(self.stream.corrupt)
-            row_of = {name: row for row, name in enumerate(self.crops.ids)}
-            rows = np.array([row_of[name] for name in names if name not in unreadable], dtype=int)
-            if not len(rows):
-                raise NoInputError("none of the crops can be read; rerun mefem crop")
-            columns = {name: values[rows] for name, values in self.crops.columns.items() if name != "id"}
-            writer.finish({name: values[rows] for name, values in self.crops.labels.items()}, columns)
-        if old is not None:
-            old.close()
-        return {"crops": len(rows), "embedded": len(missing) - len(unreadable), "unreadable": len(unreadable)}
+        if self.device.torch.type == "cpu":
+            allocator.keep_freed_memory()
+        with ExitStack() as stack:
+            self.world.agree(lambda: self._begin(stack))
+            missing = {number: one.missing() for number, one in enumerate(self.embeddings) if not one.is_complete}
+            missing = self.world.from_first(missing)  # a part that is written meanwhile must not change the shares
+            if missing:
+                announce(self.device)
+                self.world.agree(lambda: self._embed(missing))
+            return self.world.agree(lambda: self._finish(missing) if self.world.is_first else [])
 
-    def _embed(self, rows: np.ndarray, writer: FeatureWriter) -> None:
+    def _begin(self, stack: ExitStack) -> None:
+        """Open the old stores; the first process holds the folders of the parts for all."""
+        for one in self.embeddings:
+            one.open_old(self.product.overwrite)
+            stack.callback(one.close_old)
+        for one in self.embeddings:
+            if one.is_complete:
+                console.note(f"{one.out}: complete already")
+            elif self.world.is_first:
+                stack.enter_context(feature_parts.begun(one.out, one.plan(), self.product.overwrite))
+
+    def _embed(self, missing: dict[int, np.ndarray]) -> None:
+        """Write parts with the features of this process's share of the rows that an encoder misses."""
+        rows = np.unique(np.concatenate([*missing.values()]))
+        if len(rows) < len(self.crops):
+            console.note(f"{len(rows)} of {len(self.crops)} crops are to be embedded")
+        rows = rows[self.world.share(len(rows))]
         batches = (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
-        with console.progress("embed", len(rows)) as bar:
-            for batch in self.stream.batches(batches, self.device.torch):
-                features = self._forward(batch.images)
-                readable = batch.readable
-                names = [self.crops.ids[row] for row in batch.index[readable]]
-                if names:
-                    writer.append(names, **{kind: values[readable] for kind, values in features.items()})
-                bar.advance(len(batch.index))
-
-    @torch.inference_mode()
-    def _forward(self, images: torch.Tensor) -> dict[str, np.ndarray]:
-        """Return float32 features of a batch, halving it while the device is out of memory."""
-        kinds = ["cls"] * self.encoder.class_token + ["mean"] + ["patches"] * self.options.patches
-        try:
-            with self.device.autocast():
-                features = self.encoder.features(images)
-            return {kind: features[kind].float().cpu().numpy() for kind in kinds}
-        except torch.OutOfMemoryError as error:
-            if len(images) == 1:
-                raise OutOfMemory("out of memory with one face at a time; try --device cpu") from error
-        half = len(images) // 2
-        parts = self._forward(images[:half]), self._forward(images[half:])
-        return {kind: np.concatenate([part[kind] for part in parts]) for kind in kinds}
-
-    # The store at `out`, if there is one ------------------------------------------------------------------------
-
-    def _existing_store(self) -> FeatureStore | None:
-        if not self.out.exists() or self.product.overwrite:
-            return None
-        store = FeatureStore.open(self.out)
-        recorded = {**store.provenance.get("model", {}), **store.provenance.get("options", {})}
-        changes = products.difference(recorded, {**self.model, **self._settings()}, frozenset({"name"}))
-        if changes:
-            raise OutputError(f"{self.out} was made differently: {changes}; type --overwrite or another -o")
-        if not self._reusable_rows(store).any():
-            raise OutputError(f"{self.out} holds other crops; type --overwrite or another -o")
-        return store
-
-    def _reusable_rows(self, store: FeatureStore | None) -> np.ndarray:
-        """Return a mask over the store's rows, True: the crop is still there and its bytes are the same."""
-        if store is None:
-            return np.zeros(0, dtype=bool)
-        current = dict(zip(self.crops.ids, self.crops.columns["crop_sha256"], strict=True))
-        pairs = zip(store.ids, store.meta["crop_sha256"], strict=True)
-        return np.array([current.get(name) == digest for name, digest in pairs], dtype=bool)
-
-    def _settings(self) -> dict[str, Any]:
-        precision = "bf16" if self.device.dtype is torch.bfloat16 else "fp32"
-        return {"patches": self.options.patches, "dtype": self.options.dtype, "precision": precision}
-
-    def _provenance(self) -> dict[str, Any]:
-        record = products.provenance(self._settings(), self.crops.inputs(), self.product.seed, str(self.device))
-        preprocessing = {
-            "image_size": self.encoder.image_size,
-            "mean": list(self.encoder.mean),
-            "std": list(self.encoder.std),
-            "interpolation": self.encoder.interpolation,
+        needs = {number: np.isin(np.arange(len(self.crops)), one) for number, one in missing.items()}
+        writers = {
+            number: PartWriter(feature_parts.folder_of(self.embeddings[number].out), self.world.rank)
+            for number in missing
         }
-        return {**record, "model": self.model, "preprocessing": preprocessing}
+        with (
+            _Writing() as writing,
+            console.progress("embed", len(rows)) as bar,
+            stop_signals(in_a_job=self.world.size > 1) as stop,
+        ):
+            try:
+                for batch in self.stream.batches(batches, self.device.torch):
+                    for number, writer in writers.items():
+                        self._embed_batch(batch, needs[number], self.embeddings[number], writer, number, writing)
+                    bar.advance(len(batch.index))
+                    if stop.signal:
+                        break
+            finally:
+                writing.finish([writer.flush for writer in writers.values()])
+        if stop.signal:
+            _raise_stopped(stop.signal)
+
+    def _embed_batch(
+        self, batch: Batch, needs: np.ndarray, one: Embedding, writer: PartWriter, number: int, writing: _Writing
+    ) -> None:
+        wanted = needs[batch.index]
+        broken = batch.index[wanted & ~batch.readable]
+        if len(broken):
+            digests = [bytes_sha256(self.crops, int(row)) for row in broken]
+            writing.submit(writer.append_unreadable, [self.crops.ids[row] for row in broken], digests)
+        taken = wanted & batch.readable
+        if taken.any():
+            images = batch.views[number]
+            if not taken.all():
+                images = images[torch.from_numpy(np.flatnonzero(taken)).to(images.device)]
+            writing.submit(self._write, one, writer, batch.index[taken], one.encoding(images))
+
+    def _write(self, one: Embedding, writer: PartWriter, rows: np.ndarray, features: Features) -> None:
+        """Wait for features to arrive from the device, look at them and hand them on; runs in the writing thread."""
+        values, largest = features.arrays()
+        for kind, stored in values.items():
+            refuse_unstorable(lambda at: self._describe(int(rows[at])), kind, stored, largest[kind])
+        digests = self.crops.columns["crop_sha256"][rows]
+        writer.append([self.crops.ids[row] for row in rows], list(digests), values)
+
+    def _describe(self, row: int) -> str:
+        return f"{self.crops.ids[row]} ({self.crops.columns['source'][row] or self.crops.describe(row)})"
+
+    def _finish(self, missing: dict[int, np.ndarray]) -> list[Done]:
+        """Make the stores of the parts."""
+        done = []
+        for number, one in enumerate(self.embeddings):
+            if number in missing:
+                num_crops, unreadable = one.finish(self.product.seed)
+                embedded = sum(self.crops.ids[row] not in unreadable for row in missing[number])
+                done.append(Done(one.out, num_crops, embedded, len(unreadable)))
+            else:
+                assert one.old is not None
+                done.append(Done(one.out, len(one.old), 0, len(one.old.unreadable)))
+        return done
 
     def print_plan(self) -> None:
         """Print on stdout what would be embedded; nothing is written."""
-        old = self._existing_store()
-        reusable = int(self._reusable_rows(old).sum())
-        dim, patches = self.encoder.embed_dim, self.encoder.num_patches * self.options.patches
-        vectors = int(self.encoder.class_token) + 1 + patches
-        plan = {
-            "out": str(self.out.absolute()),
+        for one in self.embeddings:
+            plan = self._plan(one)
+            if console.wants_json():
+                console.emit(plan)
+                continue
+            from rich.table import Table
+
+            shown = Table("plan", "", show_edge=False)
+            for name, value in plan.items():
+                shown.add_row(name.replace("_", " "), str(value))
+            console.table(shown)
+
+    def _plan(self, one: Embedding) -> dict[str, Any]:
+        one.open_old(self.product.overwrite)
+        to_embed = 0 if one.is_complete else len(one.missing())
+        one.close_old()
+        vectors = sum(one.encoder.num_patches if kind == "patches" else 1 for kind in one.kinds)
+        num_bytes = len(self.crops) * vectors * one.encoder.embed_dim * np.dtype(self.options.dtype).itemsize
+        return {
+            "out": str(one.out.absolute()),
             "crops": len(self.crops),
-            "to_embed": len(self.crops) - reusable,
-            "model": self.model,
+            "to_embed": to_embed,
+            "model": one.model,
+            "preprocessing": one.preprocessing,
+            "features": dict.fromkeys(one.kinds, one.encoder.embed_dim),
             "device": str(self.device),
             "batch_size": self.batch_size,
-            "estimated_bytes": len(self.crops) * vectors * dim * np.dtype(self.options.dtype).itemsize,
+            "estimated_bytes": num_bytes,
             "options": asdict(self.options),
         }
-        if console.wants_json():
-            console.emit(plan)
-            return
-        from rich.table import Table
 
-        shown = Table("plan", "", show_edge=False)
-        for name, value in plan.items():
-            shown.add_row(name.replace("_", " "), str(value))
-        console.table(shown)
+
+class _Writing:
+    """One thread that does pieces of work in their order, a few behind; what fails there is raised here."""
+
+    def __enter__(self) -> _Writing:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: deque[Future[None]] = deque()
+        return self
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Hand on a piece of work; wait while many are on their way."""
+        self._pending.append(self._thread.submit(work, *arguments))
+        while len(self._pending) > WRITES_AHEAD:
+            self._pending.popleft().result()
+
+    def finish(self, last: Sequence[Callable[[], None]]) -> None:
+        """Do all that was handed on up to the first failure, then `last`, and raise the failure."""
+        failure: BaseException | None = None
+        while self._pending:
+            try:
+                self._pending.popleft().result()
+            except BaseException as error:
+                failure = failure or error
+        for work in last:
+            self._thread.submit(work).result()
+        if failure is not None:
+            raise failure
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+
+def _raise_stopped(signal_number: int) -> None:
+    import signal
+
+    if signal_number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(f"stopped by signal {signal_number}; what was embedded is kept, type the same command to go on")
+
+
+def bytes_sha256(crops: Crops, row: int) -> str:
+    """Return the sha256 of an encoded crop as it lies there, "" where there is nothing."""
+    try:
+        return hashlib.sha256(crops.read_bytes(row)).hexdigest()
+    except (OSError, NoInputError):
+        return ""
+
+
+def out_paths(out: str | None, models: Sequence[dict[str, Any]]) -> list[Path]:
+    """Return where each encoder's store goes: `out`, or with several encoders below a folder, named by the model.
+
+    >>> [path.as_posix() for path in out_paths(None, [{"name": "a"}, {"name": "timm:b/c"}])]
+    ['features/a.h5', 'features/timm-b-c.h5']
+    >>> [path.as_posix() for path in out_paths("x/{model}-fp16.h5", [{"name": "a"}])]
+    ['x/a-fp16.h5']
+    """
+    if len(models) == 1 and "{model}" not in (out or ""):
+        return [Path(out or "features.h5")]
+    pattern = out or "features"
+    if "{model}" not in pattern:
+        if pattern.endswith((".h5", ".hdf5")):
+            raise UsageError(
+                f"--out {out}: {len(models)} encoders make a store each; name a folder or a pattern, "
+                f"{pattern.rpartition('.')[0]}-{{model}}.h5"
+            )
+        pattern = f"{pattern.rstrip('/')}/{{model}}.h5"
+    for first, second in itertools.combinations(models, 2):
+        if first == second:
+            raise UsageError(f"--model: the encoder {first['name']} is named twice; name it once")
+    plain = [NAMED_AS.sub("-", str(model["name"])).strip("-.") or "model" for model in models]
+    digests = [str(model.get("sha256"))[:8] for model in models]
+    names = [f"{name}-{digest}" if plain.count(name) > 1 else name for name, digest in zip(plain, digests, strict=True)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--model: two encoders are called {plain[0]}; embed them one by one with -o")
+    return [Path(pattern.replace("{model}", name)) for name in names]
 
 
 def _default_crops(description: dict[str, Any]) -> list[Path]:
@@ -206,14 +512,10 @@ def _default_crops(description: dict[str, Any]) -> list[Path]:
     return [Path("crops")]
 
 
-def _model_name(weights: Path, which: str) -> str:
-    folder = weights.resolve().parent.name
-    return folder if which == "target" else f"{folder}:source"
-
-
-def _batch_size(asked: str, device: Device) -> int:
+def _batch_size(asked: str) -> int | None:
+    """Return the number asked for, None for auto."""
     if asked == "auto":
-        return AUTO_BATCH.get(device.torch.type, 32)
+        return None
     if not asked.isdecimal() or int(asked) < 1:
         raise UsageError(f"--batch-size {asked}: wanted auto or a positive number")
     return int(asked)

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mefem_cli import console
 from mefem_cli.errors import OutputError
 from mefem_cli.stores import product
 from mefem_cli.stores.features import KINDS, FeatureWriter
@@ -93,13 +92,14 @@ class Parts:
     def __init__(self, folder: Path):
         self.folder = folder
         self.paths: list[Path] = []
+        self.damaged: list[Path] = []  # as a power cut leaves them; their rows are not there
         known: dict[str, list[np.ndarray]] = {name: [] for name in SPELLINGS}
         for path in sorted(folder.glob("*.npz")):
             try:
                 with path.open("rb") as file, np.load(file) as part:
                     columns = {name: part[name] for name in SPELLINGS}
             except DAMAGED:
-                console.warn(f"{path} is damaged, as after a power cut; its crops are embedded anew")
+                self.damaged.append(path)
                 continue
             self.paths.append(path)
             for name, values in columns.items():
