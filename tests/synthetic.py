@@ -51,3 +51,24 @@ def write_crops(folder: Path, count: int, size: int = 224, seed: int = 0, first:
     (folder / crops.PROVENANCE).write_text(json.dumps({"options": {"size": size}}))
     crops.write_manifest(folder, table)
     return folder
+
+
+def write_run(folder: Path, seed: int = 0, class_token: bool = True) -> Path:
+    """Write a finished run without training: a ViT of 48 features for 64 px, its two encoders different."""
+    import torch
+
+    from mefem_cli import parts
+    from mefem_cli.backbones import vit
+    from mefem_cli.objectives import mefem
+    from mefem_cli.stores.runs import Run
+
+    torch.manual_seed(seed)
+    backbone = vit.Options("vit_tiny_patch16_224", image_size=64, patch_size=8, depth=2, embed_dim=48, num_heads=3)
+    options = mefem.Options(cls_prob=0.5 if class_token else None, predictor_depth=1)
+    objective = mefem.build(options, vit.build(backbone, class_token), parts.Given({"width": 2}))
+    with torch.no_grad():
+        for parameter in objective.target_encoder.parameters():
+            parameter.add_(0.01)
+    run = Run.create(folder, {})
+    vit.save_encoder(run, objective.encoders(), {}, {"inputs": {}})
+    return folder

@@ -21,9 +21,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from synthetic import write_crops
+from synthetic import write_crops, write_run
 
-from mefem_cli import console, main, parts, store_tools
+from mefem_cli import console, main, store_tools
 from mefem_cli.backbones import vit
 from mefem_cli.backbones._frozen import FrozenEncoder, Loaded, Preprocessing
 from mefem_cli.embedding import EmbedOptions, Job, out_paths
@@ -32,7 +32,6 @@ from mefem_cli.engine.device import DeviceOptions
 from mefem_cli.engine.encode import Encoding
 from mefem_cli.engine.stream import decode
 from mefem_cli.errors import MefemError, NoInputError, OutOfMemory, OutputError, Stopped, UsageError
-from mefem_cli.objectives import mefem
 from mefem_cli.stores import feature_parts
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.feature_parts import Parts, begun
@@ -40,29 +39,12 @@ from mefem_cli.stores.features import FeatureStore
 from mefem_cli.stores.product import ProductOptions
 from mefem_cli.stores.runs import Run
 
-BACKBONE = vit.Options("vit_tiny_patch16_224", image_size=64, patch_size=8, depth=2, embed_dim=48, num_heads=3)
-
-
-def make_run(folder: Path, seed: int = 0, class_token: bool = True) -> Path:
-    """A finished run without training: two encoders that differ."""
-    torch.manual_seed(seed)
-    encoder = vit.build(BACKBONE, class_token)
-    objective = mefem.build(
-        mefem.Options(cls_prob=0.5 if class_token else None, predictor_depth=1), encoder, parts.Given({"width": 2})
-    )
-    with torch.no_grad():
-        for parameter in objective.target_encoder.parameters():
-            parameter.add_(0.01)
-    run = Run.create(folder, {})
-    vit.save_encoder(run, objective.encoders(), {}, {"inputs": {}})
-    return folder
-
 
 @pytest.fixture
 def work(tmp_path) -> Path:
     subjects = [f"s{number}" for number in range(30)]
     write_crops(tmp_path / "crops", 30, size=64, age=[float(number) for number in range(30)], subject=subjects)
-    make_run(tmp_path / "run")
+    write_run(tmp_path / "run")
     return tmp_path
 
 
@@ -117,7 +99,7 @@ def test_labels_and_manifest_columns_travel_along(work):
 
 
 def test_a_model_without_class_token_writes_no_cls(work):
-    make_run(work / "plain", class_token=False)
+    write_run(work / "plain", class_token=False)
     embed(work, model="plain")
     with FeatureStore.open(work / "features.h5") as store:
         assert (store.has("cls"), store.has("mean")) == (False, True)
@@ -140,7 +122,7 @@ def test_again_it_embeds_only_what_is_new(work):
 
 def test_another_model_or_option_is_refused(work):
     embed(work)
-    make_run(work / "other", seed=1)
+    write_run(work / "other", seed=1)
     for options in ({"model": "other"}, {"encoder": "source"}, {"patches": True}, {"dtype": "float32"}):
         with pytest.raises(OutputError, match="--overwrite"):
             embed(work, **options)
@@ -178,7 +160,7 @@ def test_what_is_no_model_is_said(work):
 
 
 def test_weights_that_do_not_fit_are_named(work):
-    make_run(work / "plain", class_token=False)
+    write_run(work / "plain", class_token=False)
     shutil.copy(work / "plain" / "model.safetensors", work / "run" / "model.safetensors")
     with pytest.raises(OutputError, match="cls_token"):
         embed(work)
@@ -201,7 +183,7 @@ def test_impossible_batches_are_refused(work, batch_size):
 
 
 def test_several_encoders_read_crops_once_and_get_a_store_each(work, monkeypatch):
-    make_run(work / "other", seed=1, class_token=False)
+    write_run(work / "other", seed=1, class_token=False)
     reads = []
     read = Crops.read_bytes
     monkeypatch.setattr(Crops, "read_bytes", lambda self, row: (reads.append(row), read(self, row))[1])
@@ -214,7 +196,7 @@ def test_several_encoders_read_crops_once_and_get_a_store_each(work, monkeypatch
 
 
 def test_an_encoder_that_has_some_of_the_crops_gets_the_others_only(work):
-    make_run(work / "other", seed=1)
+    write_run(work / "other", seed=1)
     embed(work, product={"out": str(work / "both" / "run.h5"), "limit": 10})
     done = job(work, model=["run", "other"], product={"out": str(work / "both")}).run()
     assert [(one.crops, one.embedded) for one in done] == [(30, 20), (30, 30)]
@@ -387,7 +369,7 @@ def contents(path: Path) -> dict[str, list]:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mefem_cli.embedding", "mefem_cli.objectives.mefem", "timm", "test_embed"])
+CONTEXT.set_forkserver_preload(["mefem_cli.embedding", "timm", "test_embed"])
 
 
 def in_process(work: Path, at: int, how: str, **options) -> int:
@@ -513,7 +495,7 @@ def test_a_part_that_a_power_cut_damaged_is_embedded_anew(work, capsys):
 
 
 def test_the_command_prints_a_line_for_each_store(work, monkeypatch, capfd):
-    make_run(work / "other", seed=1)
+    write_run(work / "other", seed=1)
     assert command(work, monkeypatch, "--model", "other", "-o", "{model}-f.h5", "-q") == 0
     assert capfd.readouterr() == (f"{work / 'run-f.h5'}\n{work / 'other-f.h5'}\n", "")
 
