@@ -262,3 +262,56 @@ def test_training_ends_where_the_inner_fold_no_longer_gains(monkeypatch):
     monkeypatch.setattr(_grid._Trainer, "evaluate", lambda *args: epochs.append(1) or evaluate(*args))
     chosen = mlp.fit_predict(replace(noise, device="cpu"), mlp.Options(epochs=200)).chosen
     assert len(epochs) == chosen["epochs"] + _grid.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(linear, (WIDTH,)), (linear, (200,)), (mlp, (WIDTH,)), (attentive, (TOKENS, WIDTH))]
+)
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_a_kept_head_reads_what_the_fitted_one_read(module, shape, kind):
+    fold = (
+        fold_of(kind) if shape == (WIDTH,) else fold_of(kind, (shape[0] // WIDTH, WIDTH) if shape == (200,) else shape)
+    )
+    if shape == (200,):
+        fold = replace(fold, features=fold.features.reshape(ROWS, 200))
+    options = module.Options() if module is linear else module.Options(learning_rates="1e-2", epochs=3)
+    fitted = module.fit_predict(fold, options)
+    np.testing.assert_allclose(module.predict(fitted.state, fold.features[fold.test]), fitted.output, rtol=1e-5)
+    assert np.ptp(fitted.output) > 0.1
+
+
+def test_kept_logistic_regression_of_two_and_of_absent_classes_gives_scikit_learns_probabilities():
+    fold = fold_of("classification")
+    for absent in (0, 1, 2):
+        target = np.where(fold.target == absent, (absent + 1) % 3, fold.target)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-8, max_iter=1000))
+        expected = model.fit(fold.train_features, target).predict_proba(fold.test_features)
+        found = linear.logistic_path(fold.train_features, target, fold.test_features, [0.1], 3)[0]
+        np.testing.assert_allclose(np.delete(found, absent, axis=1), expected, atol=1e-3)
+        assert (found[:, absent] == 0).all()
+
+
+def test_attention_is_the_share_of_each_token():
+    """By hand: the softmax of q . (W LN(x)) / sqrt(d) of each attention head, averaged over these."""
+    torch.manual_seed(0)
+    pooler = attentive.AttentivePooler(2, 128, 1, torch.Generator().manual_seed(0)).double()
+    for parameter in pooler.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    tokens = torch.randn(3, TOKENS, 128, dtype=torch.float64)
+    shares = pooler.shares(tokens)
+    for g in range(2):
+        x = functional.layer_norm(tokens, [128], pooler.token_gain[g], pooler.token_shift[g], eps=1e-6)
+        keys = functional.linear(x, pooler.key[g]).unflatten(2, (2, 64))  # [B, T, H, d]
+        logits = torch.einsum("hd,bthd->bth", pooler.query[g].view(2, 64), keys) / 8
+        torch.testing.assert_close(shares[g], logits.softmax(dim=1).mean(dim=2))
+
+
+def test_the_test_fold_comes_with_what_the_head_looked_at():
+    fold = fold_of("regression", (TOKENS, WIDTH))
+    fitted = attentive.fit_predict(fold, attentive.Options(learning_rates="3e-2", epochs=5))
+    pooler = attentive.AttentivePooler(1, WIDTH, 1, torch.Generator())
+    pooler.load_state_dict({name: torch.from_numpy(fitted.state[f"head.{name}"])[None] for name in pooler.state_dict()})
+    expected = pooler.shares(torch.from_numpy(fold.features[fold.test]))[0]
+    np.testing.assert_allclose(fitted.attention, expected.detach().numpy(), rtol=1e-4)
+    np.testing.assert_allclose(fitted.attention.sum(axis=1), 1, rtol=1e-5)
+    assert np.ptp(fitted.attention) > 0.02

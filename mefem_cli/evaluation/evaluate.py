@@ -94,6 +94,7 @@ class Score:
     baseline_predictions: Predictions  # the mean, or the class shares, of each training fold
     metrics: dict[str, Interval]
     chosen: tuple[dict[str, Any], ...] = ()  # for each fold, what was chosen inside it
+    attention: np.ndarray | None = None  # (n, T): what the head looked at, of heads that look at tokens
 
     @property
     def kind(self) -> str:
@@ -253,7 +254,7 @@ def evaluate_head(
     read = read_features(store, features, problem.rows)
     output = np.zeros((len(problem.ids), len(problem.classes)) if problem.classes else len(problem.ids))
     baseline = np.zeros_like(output)
-    chosen = []
+    chosen, attention = [], {}
     for number, inner in enumerate(problem.inner):
         train, test = np.flatnonzero(problem.fold != number), np.flatnonzero(problem.fold == number)
         known = problem.target[train]
@@ -263,6 +264,8 @@ def evaluate_head(
         output[test] = fitted.output
         baseline[test] = np.eye(len(problem.classes))[known].mean(axis=0) if problem.classes else known.mean()
         chosen.append(fitted.chosen)
+        if fitted.attention is not None:
+            attention[number] = fitted.attention
         if after_fold is not None:
             after_fold(f"{problem.task}: {head} on {features}")
     predictions = _predictions(problem, output)
@@ -277,7 +280,18 @@ def evaluate_head(
         _predictions(problem, baseline),
         scored,
         tuple(chosen),
+        _in_row_order(attention, problem.fold),
     )
+
+
+def _in_row_order(attention: dict[int, np.ndarray], fold: np.ndarray) -> np.ndarray | None:
+    """Return the attention (n, T) of all rows from that of each test fold."""
+    if not attention:
+        return None
+    whole = np.zeros((len(fold), next(iter(attention.values())).shape[1]), np.float32)
+    for number, part in attention.items():
+        whole[fold == number] = part
+    return whole
 
 
 def _predictions(problem: Problem, output: np.ndarray) -> Predictions:

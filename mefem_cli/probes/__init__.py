@@ -2,15 +2,19 @@
 
 A head is a module with `FEATURES` (the features it takes, its default first), `Options`, and
 `fit_predict(fold, options) -> Fitted`. It sees the rows of the training fold with their targets, and of the test fold
-the features only; whatever it chooses, it chooses on `fold.inner`.
+the features only; whatever it chooses, it chooses on `fold.inner`. A head that can be kept fills `Fitted.state` and
+has `predict(state, features)`, which gives the same output for other rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+State = Mapping[str, np.ndarray]  # what a fitted head is made of, by name
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,27 @@ class Fitted:
 
     output: np.ndarray  # (m,) float64, or class probabilities [m, C]
     chosen: dict[str, Any] = field(default_factory=dict)  # what was chosen inside the training fold
+    state: State = field(default_factory=dict)  # what `predict` takes; empty where the head cannot be kept
+    attention: np.ndarray | None = None  # (m, T): share of each token in what the head gathered; it looks at tokens
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return features with mean 0 and standard deviation 1 over the training rows [n, D]; a constant becomes 0."""
+    mean, scale = scaling(train)
+    return tuple((one - mean) * scale for one in (train, *others))
+
+
+def scaling(train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and 1 / standard deviation of features [n, D], each (D,); the scale of a constant is 0."""
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     is_constant = deviation <= 1e-9 * np.maximum(np.abs(mean), 1e-300)
-    scale = np.where(is_constant, 0, 1 / np.where(is_constant, 1, deviation))
-    return tuple((one - mean) * scale for one in (train, *others))
+    return mean, np.where(is_constant, 0, 1 / np.where(is_constant, 1, deviation))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities [m, C] of logits [m, C]; a logit of minus infinity is probability 0."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def mean_log_loss(probabilities: np.ndarray, target: np.ndarray) -> float:

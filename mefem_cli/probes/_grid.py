@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from mefem_cli.engine import device as devices
 from mefem_cli.errors import UsageError
-from mefem_cli.probes import Fitted, Fold
+from mefem_cli.probes import Fitted, Fold, State
 
 WARMUP_SHARE = 0.1  # of the steps; then cosine to 0
 PATIENCE = 6  # epochs without a new best loss in the whole grid
@@ -122,15 +123,39 @@ def stack(heads: int, *shape: int, fan_in: int, generator: torch.Generator) -> n
 
 
 Build = Callable[[int, int, torch.Generator], nn.Module]  # (heads, outputs, generator) -> a head: x -> [G, B, outputs]
+Look = Callable[[Any, torch.Tensor], torch.Tensor]  # (head, tokens [B, T, D]) -> attention [G, B, T]
 
 
-def fit_predict(fold: Fold, recipe: Recipe, build: Build) -> Fitted:
-    """Choose learning rate, weight decay and epoch on one inner fold, train on all rows, predict the test fold."""
+def fit_predict(fold: Fold, recipe: Recipe, build: Build, look: Look | None = None) -> Fitted:
+    """Choose learning rate, weight decay and epoch on one inner fold, train on all rows, predict the test fold.
+
+    `look` tells what a head looks at; `Fitted.attention` is that of the test fold.
+    """
     with _threads_for(fold.features[0].size * recipe.head_batch):
-        return _choose_and_predict(_Trainer(fold, recipe, build, _device(fold.device)), fold, recipe)
+        return _choose_and_predict(_Trainer(fold, recipe, build, _device(fold.device)), fold, recipe, look)
 
 
-def _choose_and_predict(trainer: _Trainer, fold: Fold, recipe: Recipe) -> Fitted:
+def predict(state: State, features: np.ndarray, build: Build) -> np.ndarray:
+    """Return what a fitted head reads from features [m, ...]: numbers (m,), or class probabilities [m, C]."""
+    head = build(1, int(state["outputs"]), torch.Generator())
+    for name, parameter in head.named_parameters():
+        parameter.data = torch.from_numpy(np.array(state[f"head.{name}"], np.float32))[None]
+    output = _in_parts(features, np.arange(len(features)), torch.device("cpu"), lambda batch: head(batch)[0]).double()
+    if "scale_of_target" in state:
+        return output[:, 0].numpy() * state["scale_of_target"] + state["mean_of_target"]
+    return output.softmax(dim=1).numpy()
+
+
+@torch.no_grad()
+def _in_parts(
+    features: np.ndarray, rows: np.ndarray, device: torch.device, compute: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return what is computed from some rows of features, a few at a time, on the host."""
+    parts = np.split(rows, np.arange(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+    return torch.cat([compute(torch.from_numpy(features[part]).to(device).float()).cpu() for part in parts])
+
+
+def _choose_and_predict(trainer: _Trainer, fold: Fold, recipe: Recipe, look: Look | None) -> Fitted:
     grid = list(product(recipe.rates, recipe.decays))
     is_valid = fold.inner == fold.inner.min()
     losses = trainer.train(grid, ~is_valid, recipe.epochs, is_valid)[1]  # [epochs, G]
@@ -138,7 +163,8 @@ def _choose_and_predict(trainer: _Trainer, fold: Fold, recipe: Recipe) -> Fitted
     rate, decay = grid[best]
     head, _ = trainer.train([grid[best]], np.ones_like(is_valid), int(epoch) + 1)
     chosen = {"learning_rate": rate, "weight_decay": decay, "epochs": int(epoch) + 1}
-    return Fitted(trainer.predict(head, fold.test), chosen)
+    attention = None if look is None else trainer.see(lambda batch: look(head, batch)[0], fold.test).numpy()
+    return Fitted(trainer.predict(head, fold.test), chosen, trainer.state(head), attention)
 
 
 class _Trainer:
@@ -199,14 +225,24 @@ class _Trainer:
         sums = torch.stack([self.losses(head, part) * len(part) for part in rows.split(EVALUATION_ROWS)])  # [parts, G]
         return torch.nan_to_num(sums.sum(dim=0) / len(rows), nan=torch.inf).cpu().numpy()
 
-    @torch.no_grad()
     def predict(self, head: nn.Module, rows: np.ndarray) -> np.ndarray:
         """Return predictions of a single head (G = 1): (m,) in the target's unit, or class probabilities [m, C]."""
-        parts = np.split(rows, np.arange(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
-        output = torch.cat([head(self.batch(part))[0] for part in parts]).double().cpu()  # [m, outputs]
+        output = self.see(lambda batch: head(batch)[0], rows).double()  # [m, outputs]
         if self.is_regression:
             return output[:, 0].numpy() * self.scale + self.offset
         return output.softmax(dim=1).numpy()
+
+    def see(self, compute: Callable[[torch.Tensor], torch.Tensor], rows: np.ndarray) -> torch.Tensor:
+        """Return what is computed from the features of some rows, on the host."""
+        return _in_parts(self.fold.features, rows, self.device, compute)
+
+    def state(self, head: nn.Module) -> State:
+        """Return what a single head (G = 1) is made of; `predict` reads it."""
+        state = {f"head.{name}": one.detach()[0].cpu().numpy() for name, one in head.named_parameters()}
+        state["outputs"] = np.array(max(self.fold.num_classes, 1))
+        if self.is_regression:
+            state |= {"mean_of_target": np.array(self.offset), "scale_of_target": np.array(self.scale)}
+        return state
 
 
 def schedule(step: int, total: int) -> float:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mefem_cli.probes import Fitted, Fold, _grid
+from mefem_cli.probes import Fitted, Fold, State, _grid
 
 FEATURES = ("patches", "patches+cls")
 HEAD_WIDTH = 64  # features for each attention head, as in a ViT
@@ -37,10 +38,17 @@ class Options:
 
 def fit_predict(fold: Fold, options: Options) -> Fitted:
     """Train the grid of heads on tokens [N, T, D] and predict the test fold with the chosen one."""
-    width = fold.features.shape[2]
-    return _grid.fit_predict(
-        fold, _grid.Recipe(**vars(options)), lambda heads, outputs, rng: AttentivePooler(heads, width, outputs, rng)
-    )
+    build = _build(fold.features.shape[2])
+    return _grid.fit_predict(fold, _grid.Recipe(**vars(options)), build, AttentivePooler.shares)
+
+
+def predict(state: State, features: np.ndarray) -> np.ndarray:
+    """Return what a fitted head reads from tokens [m, T, D]: numbers (m,), or class probabilities [m, C]."""
+    return _grid.predict(state, features, _build(features.shape[2]))
+
+
+def _build(width: int) -> _grid.Build:
+    return lambda heads, outputs, generator: AttentivePooler(heads, width, outputs, generator)
 
 
 class AttentivePooler(nn.Module):
@@ -91,20 +99,27 @@ class AttentivePooler(nn.Module):
         """Return what the query of each head gathers from tokens [B, T, D]: [G, B, D]."""
         heads, width = self.query.shape
         attention_heads = self.num_attention_heads
-        head_width = width // attention_heads
         z = _layer_norm(tokens)  # [B, T, D]
-
-        query = self.query.view(heads, attention_heads, 1, head_width)
-        key = self.key.view(heads, attention_heads, head_width, width)
-        folded = (query @ key).squeeze(2) * self.token_gain[:, None] / head_width**0.5  # [G, H, D]
-        logits = z @ folded.flatten(0, 1).T  # [B, T, G * H]
-        attention = logits.transpose(1, 2).softmax(dim=2)  # [B, G * H, T]
-        pooled = (attention @ z).unflatten(1, (heads, attention_heads))  # [B, G, H, D]
+        pooled = (self._attention(z) @ z).unflatten(1, (heads, attention_heads))  # [B, G, H, D]
         pooled = pooled * self.token_gain[:, None] + self.token_shift[:, None]
 
-        value = self.value.view(heads, attention_heads, head_width, width)
+        value = self.value.view(heads, attention_heads, width // attention_heads, width)
         gathered = torch.einsum("bghi,ghoi->gbho", pooled, value).flatten(2)  # [G, B, D]
         return gathered + self.value_bias[:, None]
+
+    def shares(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the share of each token [B, T, D] in what is gathered, [G, B, T]: a mean over attention heads."""
+        attention = self._attention(_layer_norm(tokens)).unflatten(1, (-1, self.num_attention_heads))
+        return attention.mean(dim=2).transpose(0, 1)
+
+    def _attention(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the attention [B, G * H, T] to tokens normalised without gain [B, T, D]."""
+        heads, width = self.query.shape
+        head_width = width // self.num_attention_heads
+        query = self.query.view(heads, self.num_attention_heads, 1, head_width)
+        key = self.key.view(heads, self.num_attention_heads, head_width, width)
+        folded = (query @ key).squeeze(2) * self.token_gain[:, None] / head_width**0.5  # [G, H, D]
+        return (z @ folded.flatten(0, 1).T).transpose(1, 2).softmax(dim=2)
 
 
 def _layer_norm(values: torch.Tensor) -> torch.Tensor:

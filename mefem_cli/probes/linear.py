@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mefem_cli.probes import Fitted, Fold, mean_log_loss, standardise
+from mefem_cli.probes import Fitted, Fold, State, mean_log_loss, scaling, softmax
 
 FEATURES = ("cls", "mean", "cls+mean")
 PENALTIES = tuple(10.0 ** (half / 2) for half in range(-4, 13))  # of ridge: 0.01 to 1e6; features are standardised
@@ -34,27 +34,39 @@ def _ridge(fold: Fold) -> Fitted:
         predictions = ridge_path(features[train], target[train], features[valid], PENALTIES)  # [P, v]
         errors += ((predictions - target[valid]) ** 2).sum(axis=1)
     penalty = PENALTIES[int(np.argmin(errors))]
-    output = ridge_path(features, target, fold.test_features, [penalty])[0]
-    return Fitted(output, {"penalty": penalty})
+    state = _ridge_state(features, target, [penalty])
+    state["weight"] = state["weight"][:, 0]
+    return Fitted(predict(state, fold.test_features), {"penalty": penalty}, state)
+
+
+def predict(state: State, features: np.ndarray) -> np.ndarray:
+    """Return what a fitted head reads from features [m, D]: numbers (m,), or class probabilities [m, C]."""
+    read = ((features - state["mean"]) * state["scale"]) @ state["weight"] + state["bias"]
+    return softmax(read) if read.ndim == 2 else read
 
 
 def ridge_path(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, penalties: Sequence[float]) -> np.ndarray:
-    """Return ridge predictions for every penalty, [P, m], from one eigendecomposition.
+    """Return ridge predictions for every penalty, [P, m], from one eigendecomposition."""
+    state = _ridge_state(train_x, train_y, penalties)
+    return (((test_x - state["mean"]) * state["scale"]) @ state["weight"]).T + state["bias"]
+
+
+def _ridge_state(train_x: np.ndarray, train_y: np.ndarray, penalties: Sequence[float]) -> dict[str, np.ndarray]:
+    """Return the fit for every penalty, `weight` [D, P].
 
     Minimises |y - b - Xw|^2 + penalty |w|^2 on standardised X, as scikit-learn's Ridge does. With X = U S V', the
-    predictions are test V (S^2 + penalty)^-1 V' X' y; V and S^2 come from the D x D matrix X'X, or where there are
-    fewer rows than features (n < D) from the n x n matrix XX', as test X' U (S^2 + penalty)^-1 U' y.
+    weights are V (S^2 + penalty)^-1 V' X' y; V and S^2 come from the D x D matrix X'X, or where there are fewer rows
+    than features (n < D) from the n x n matrix XX', as X' U (S^2 + penalty)^-1 U' y.
     """
-    train, test = standardise(train_x, test_x)
+    mean, scale = scaling(train_x)
+    train = (train_x - mean) * scale
     offset = train_y.mean()
-    centred = train_y - offset
-    if len(train) < train.shape[1]:
-        basis, coordinates, projected = train @ train.T, test @ train.T, centred
-    else:
-        basis, coordinates, projected = train.T @ train, test, train.T @ centred
-    squares, vectors = np.linalg.eigh(basis)
-    shrunk = (vectors.T @ projected)[:, None] / (np.maximum(squares, 0)[:, None] + np.asarray(penalties))  # [r, P]
-    return ((coordinates @ vectors) @ shrunk).T + offset
+    is_wide = len(train) < train.shape[1]
+    squares, vectors = np.linalg.eigh(train @ train.T if is_wide else train.T @ train)
+    right = train_y - offset if is_wide else train.T @ (train_y - offset)
+    shrunk = (vectors.T @ right)[:, None] / (np.maximum(squares, 0)[:, None] + np.asarray(penalties))  # [r, P]
+    weight = vectors @ shrunk
+    return {"mean": mean, "scale": scale, "weight": train.T @ weight if is_wide else weight, "bias": np.array(offset)}
 
 
 def _logistic(fold: Fold) -> Fitted:
@@ -65,8 +77,8 @@ def _logistic(fold: Fold) -> Fitted:
         path = logistic_path(features[train], target[train], features[valid], STRENGTHS, fold.num_classes)
         losses += [mean_log_loss(probabilities, target[valid]) * valid.sum() for probabilities in path]
     strength = STRENGTHS[int(np.argmin(losses))]
-    output = logistic_path(features, target, fold.test_features, [strength], fold.num_classes)[0]
-    return Fitted(output, {"penalty": 1 / strength})
+    (state,) = _logistic_states(features, target, [strength], fold.num_classes)
+    return Fitted(predict(state, fold.test_features), {"penalty": 1 / strength}, state)
 
 
 def logistic_path(
@@ -76,23 +88,34 @@ def logistic_path(
 
     A class that the training rows lack has probability 0.
     """
+    return [predict(state, test_x) for state in _logistic_states(train_x, train_y, strengths, num_classes)]
+
+
+def _logistic_states(
+    train_x: np.ndarray, train_y: np.ndarray, strengths: Sequence[float], num_classes: int
+) -> list[dict[str, np.ndarray]]:
+    """Return the fit for each inverse penalty: `weight` [D, C], `bias` (C,)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
     present = np.unique(train_y)
+    mean, scale = scaling(train_x)
+    blank = np.zeros((len(mean), num_classes)), np.full(num_classes, -np.inf)
+    blank[1][present] = 0
     if len(present) == 1:
-        return [np.eye(num_classes)[np.full(len(test_x), present[0])] for _ in strengths]
-    train, test = standardise(train_x, test_x)
+        return [{"mean": mean, "scale": scale, "weight": blank[0], "bias": blank[1]} for _ in strengths]
+    train = (train_x - mean) * scale
     model = LogisticRegression(max_iter=300, warm_start=True)
-    path = []
+    states = []
     for strength in strengths:
         model.set_params(C=strength)
         # The matrices are small: more BLAS threads than one only wait for each other, for long on a busy machine.
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)  # the optimum may be infinitely far
             model.fit(train, train_y)
-        probabilities = np.zeros((len(test), num_classes))
-        probabilities[:, present] = model.predict_proba(test)
-        path.append(probabilities)
-    return path
+        weight, bias = blank[0].copy(), blank[1].copy()
+        fitted = present[1:] if len(model.coef_) == 1 else present  # of two classes only the second has weights
+        weight[:, fitted], bias[fitted] = model.coef_.T, model.intercept_
+        states.append({"mean": mean, "scale": scale, "weight": weight, "bias": bias})
+    return states

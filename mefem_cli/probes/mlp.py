@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mefem_cli.errors import UsageError
-from mefem_cli.probes import Fitted, Fold, _grid, standardise
+from mefem_cli.probes import Fitted, Fold, State, _grid, scaling
 
 FEATURES = ("cls", "mean")
 
@@ -37,13 +38,20 @@ class Options:
 
 def fit_predict(fold: Fold, options: Options) -> Fitted:
     """Train the grid of heads on features [N, D] and predict the test fold with the chosen one."""
-    features = standardise(fold.train_features, fold.features)[1].astype("float32")
-    width = features.shape[1]
-    return _grid.fit_predict(
-        replace(fold, features=features),
-        options.recipe,
-        lambda heads, outputs, rng: HiddenLayer(heads, width, options.hidden, outputs, rng),
-    )
+    mean, scale = scaling(fold.train_features)
+    features = ((fold.features - mean) * scale).astype("float32")
+    fitted = _grid.fit_predict(replace(fold, features=features), options.recipe, _build(len(mean), options.hidden))
+    return replace(fitted, state={**fitted.state, "mean": mean, "scale": scale})
+
+
+def predict(state: State, features: np.ndarray) -> np.ndarray:
+    """Return what a fitted head reads from features [m, D]: numbers (m,), or class probabilities [m, C]."""
+    scaled = ((features - state["mean"]) * state["scale"]).astype("float32")
+    return _grid.predict(state, scaled, _build(*state["head.first"].shape))
+
+
+def _build(width: int, hidden: int) -> _grid.Build:
+    return lambda heads, outputs, generator: HiddenLayer(heads, width, hidden, outputs, generator)
 
 
 class HiddenLayer(nn.Module):
