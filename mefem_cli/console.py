@@ -183,11 +183,24 @@ def read_pipe(awaited: str) -> Path:
     Understands the plain line and the `--json` object with `out`. After two seconds of waiting a note on stderr
     says what is awaited. Raises NoInputError where nothing arrives or what arrives is no existing path.
     """
+    return _path_in(_first_line(awaited), awaited)
+
+
+def read_pipe_all(awaited: str) -> list[Path]:
+    """Read the paths of all products of the command before this one, a line each, as `read_pipe` reads the first."""
+    return [_path_in(line, awaited) for line in [_first_line(awaited), *filter(None, map(str.strip, sys.stdin))]]
+
+
+def _first_line(awaited: str) -> str:
     if not select.select([0], [], [], PIPE_NOTICE_SECONDS)[0]:
         note(f"waiting for {awaited} from the command before this one in the pipe ...")
     line = next((line.strip() for line in sys.stdin if line.strip()), "")
     if not line:
         raise NoInputError("the command before it in the pipe made nothing; see its message above")
+    return line
+
+
+def _path_in(line: str, awaited: str) -> Path:
     if line.startswith("{"):
         try:
             line = str(json_module.loads(line)["out"])

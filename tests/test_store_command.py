@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -49,9 +50,9 @@ def store(tmp_path, monkeypatch):
     return tmp_path / "features.h5"
 
 
-def run(capfd, monkeypatch, *words: str) -> tuple[int, str, str]:
+def run(capfd, monkeypatch, *words: str, piped: bool = False) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["mefem", "store", *words])
-    monkeypatch.setattr(console, "stdin_is_pipe", lambda: False)
+    monkeypatch.setattr(console, "stdin_is_pipe", lambda: piped)
     with pytest.raises(SystemExit) as end:
         main.main()
     console.configure(console.ConsoleOptions())
@@ -98,6 +99,15 @@ def test_mistakes_are_told_in_a_line(store, capfd, monkeypatch, words, code, tol
 
 def test_options_of_another_verb_have_no_effect_and_say_so(store, capfd, monkeypatch):
     assert "--key has no effect with info" in run(capfd, monkeypatch, "info", "--key", "id")[2]
+
+
+def test_all_stores_of_a_pipe_are_told(store, tmp_path, capfd, monkeypatch):
+    write(tmp_path / "b.h5", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{store}\n" + json.dumps({"out": str(tmp_path / "b.h5")}) + "\n\n"))
+    monkeypatch.setattr(console.select, "select", lambda *waiting: ([0], [], []))
+    code, out, err = run(capfd, monkeypatch, "info", "--json", piped=True)
+    assert (code, err) == (0, "")
+    assert [json.loads(line)["crops"] for line in out.splitlines()] == [5, 2]
 
 
 # Merge ---------------------------------------------------------------------------------------------------------------

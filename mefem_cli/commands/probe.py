@@ -79,7 +79,7 @@ def _paths(given: list[str]) -> list[Path]:
     if given:
         return [Path(one) for one in given]
     if console.stdin_is_pipe():
-        return [console.read_pipe("a feature store")]
+        return console.read_pipe_all("a feature store")
     return [Path(DEFAULT_STORE)]
 
 

@@ -93,10 +93,10 @@ def _export(arguments: list[str], options: StoreOptions) -> None:
     from mefem_cli.errors import UsageError
 
     begun, out = time.monotonic(), _out(options, "features.parquet")
-    if len(arguments) > 1:
-        raise UsageError(f"export: one store at a time, not {len(arguments)}; merge them first")
-    (store,) = _stores(arguments)
-    count = store_tools.export(store, out, options.features, options.overwrite)
+    stores = _stores(arguments)
+    if len(stores) > 1:
+        raise UsageError(f"export: one store at a time, not {len(stores)}; merge them first")
+    count = store_tools.export(stores[0], out, options.features, options.overwrite)
     console.product(out, time.monotonic() - begun, crops=count)
 
 
@@ -118,5 +118,5 @@ def _stores(arguments: list[str]) -> list[Path]:
     if arguments:
         return [Path(one) for one in arguments]
     if console.stdin_is_pipe():
-        return [console.read_pipe("a feature store")]
+        return console.read_pipe_all("a feature store")
     return [Path(DEFAULT_STORE)]
