@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -213,8 +213,7 @@ class Embedding:
             if self.old is not None:
                 self.old.copy_rows_into(writer, self.kept)
             parts.copy_into(writer, [ids[row] for row in new], places[new])
-            columns = {name: values[rows] for name, values in self.crops.columns.items() if name != "id"}
-            writer.finish(self._labels(rows), columns, unreadable)
+            writer.finish(self._labels(rows), _Meta(self.crops, rows), unreadable)
         parts.remove()
         return len(rows), set(unreadable)
 
@@ -249,6 +248,23 @@ class Embedding:
         if (places < 0).any():
             console.warn(f"{self.out}: new crops lack the labels joined before; type mefem store labels again")
         return labels
+
+
+class _Meta(Mapping[str, np.ndarray]):
+    """Columns of the manifest at some rows; each is read when it is asked for, as all together are 1 KB a crop."""
+
+    def __init__(self, crops: Crops, rows: np.ndarray):
+        self._crops, self._rows = crops, rows
+        self._names = [name for name in crops.columns if name != "id"]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._crops.read_column(name)[self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass

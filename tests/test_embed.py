@@ -538,3 +538,10 @@ def test_labels_joined_later_stay_when_crops_come_in(work):
         assert store.labels["bmi"][:10].tolist() == [float(number + 20) for number in range(10)]
         assert np.isnan(store.labels["bmi"][10:]).all()
         assert store.labels["age"][29] == 29
+
+
+def test_features_that_wait_for_the_disk_do_not_keep_all_tokens_in_memory(work):
+    encoding = job(work, dtype="float32").embeddings[0].encoding
+    values = encoding(torch.zeros(4, 3, 64, 64, dtype=torch.uint8)).values
+    for kind, one in values.items():
+        assert one.untyped_storage().nbytes() == 4 * 48 * 4, kind

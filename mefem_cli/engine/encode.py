@@ -77,7 +77,8 @@ class Encoding:
             features = self.encoder.features(images)
         # Looked at where it was made: a store's worth of patches is more than the host could look at in time.
         largest = {kind: features[kind].flatten(1).abs().amax(1).float() for kind in self.kinds}
-        return {kind: features[kind].to(self.dtype) for kind in self.kinds}, largest
+        # Copies: a view, as CLS features are, would keep all tokens in memory until it is written.
+        return {kind: features[kind].to(self.dtype, copy=True).contiguous() for kind in self.kinds}, largest
 
     def _take_half(self, tried: int, error: Exception) -> None:
         if tried == 1:

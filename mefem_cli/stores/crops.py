@@ -316,6 +316,10 @@ class Crops:
         names = dict.fromkeys(name for part in self._parts for name in part.names if name.startswith(LABEL))
         return _Columns([name.removeprefix(LABEL) for name in names], self._label_column)
 
+    def read_column(self, name: str) -> np.ndarray:
+        """Return a column of the manifest as `columns` does, but read anew and not kept in memory."""
+        return self._manifest_column(name)
+
     def _manifest_column(self, name: str) -> np.ndarray:
         return self._joined([part.column(name) for part in self._parts], SCHEMA.field(name).type)
 

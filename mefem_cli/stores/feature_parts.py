@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from mefem_cli.errors import OutputError
 from mefem_cli.stores import product
-from mefem_cli.stores.features import KINDS, FeatureWriter
+from mefem_cli.stores.features import KINDS, READ_BATCH, FeatureWriter
 
 FORMAT, VERSION = "mefem-feature-parts", 1
 PLAN, LOCK = "plan.json", "lock"
@@ -123,11 +123,12 @@ class Parts:
         """Append rows to a store in the order of `places`, what `locate` returned for `ids`."""
         part, row = self._part_of[places], self._row_of[places]
         ends = np.flatnonzero((np.diff(part) != 0) | (np.diff(row) != 1)) + 1
-        for begin, end in itertools.pairwise([0, *ends.tolist(), len(places)]):
-            if begin < end:
-                features = self._features(int(part[begin]))
-                rows = slice(int(row[begin]), int(row[end - 1]) + 1)
-                writer.append_stored(ids[begin:end], {kind: values[rows] for kind, values in features.items()})
+        # HDF5 holds something of every chunk that is written in one go: long runs are cut.
+        cuts = np.union1d(ends, np.arange(0, len(places), READ_BATCH)).tolist()
+        for begin, end in itertools.pairwise([*cuts, len(places)]):
+            features = self._features(int(part[begin]))
+            rows = slice(int(row[begin]), int(row[end - 1]) + 1)
+            writer.append_stored(ids[begin:end], {kind: values[rows] for kind, values in features.items()})
 
     def _features(self, number: int) -> dict[str, np.ndarray]:
         """Return all features of a part; reading them checks their CRC-32."""

@@ -157,16 +157,16 @@ class FeatureWriter:
         `unreadable` maps the ids of crops that could not be read to the sha256 of their bytes.
         """
         self._ensure_space(COLUMN_BYTES_A_ROW * len(self._ids))
-        rows = {name: len(values) for columns in (labels, meta) for name, values in columns.items()}
-        rows |= {kind: len(self._file[kind]) for kind in self._row_shapes}
-        wrong = {name: count for name, count in rows.items() if count != len(self._ids)}
-        assert not wrong, f"{len(self._ids)} ids, but {wrong}"
+        wrong = [kind for kind in self._row_shapes if len(self._file[kind]) != len(self._ids)]
+        assert not wrong, f"{len(self._ids)} ids, but not so many rows of {wrong}"
         assert len(set(self._ids)) == len(self._ids), "two crops have one id"
         self._file.create_dataset("id", data=np.array(self._ids, dtype=object), dtype=h5py.string_dtype())
         for group, columns in (("labels", labels), ("meta", meta)):
             self._file.create_group(group)
-            for name, values in columns.items():
-                _write_column(self._file[group], name, np.asarray(values), as_label=group == "labels")
+            for name in columns:  # one at a time, as a mapping may read them when they are asked for
+                values = np.asarray(columns[name])
+                assert len(values) == len(self._ids), f"{len(self._ids)} ids, but {len(values)} of {name}"
+                _write_column(self._file[group], name, values, as_label=group == "labels")
         if unreadable:
             for name, texts in (("id", [*unreadable]), ("sha256", [*unreadable.values()])):
                 _write_column(self._file.require_group("unreadable"), name, np.array(texts, object), as_label=False)
