@@ -36,7 +36,8 @@ class CPUAttention(Attention):
     ) -> torch.Tensor:
         """Mix tokens [B, n, D] -> [B, n, D]."""
         if attn_mask is not None or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x, attn_mask=attn_mask, **others)
+            masks = {} if attn_mask is None else {"attn_mask": attn_mask}  # timm 1.0.15 has none
+            return super().forward(x, **masks, **others)
         features = self.qkv(x).float().unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, n, 3, heads, d]
         with torch.autocast("cpu", enabled=False):
             mixed = functional.scaled_dot_product_attention(*features.permute(2, 0, 3, 1, 4).unbind())

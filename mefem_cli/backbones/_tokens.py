@@ -105,7 +105,7 @@ def on_meta(build: Callable[[], Any]) -> Any:
     try:
         with torch.device("meta"):
             return build()
-    except (RuntimeError, NotImplementedError):  # timm before 1.0.20 computes numbers of its own while it builds
+    except (RuntimeError, NotImplementedError):  # older versions of timm compute numbers while they build
         return build()
 
 
