@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, GRID = "#1d2330", "#dcdce2"
 COLOURS = ("#2a6fdb", "#d9622b", "#1f9d6b", "#8a5cd6")
 # matplotlib writes the colours on the left; a page may set the variables, and a lone SVG file uses what stands beside.
 THEMED = {INK: "ink", GRID: "line", **{colour: f"curve-{number}" for number, colour in enumerate(COLOURS, start=1)}}
+VARIABLES = """:root { --curve-1: #2a6fdb; --curve-2: #d9622b; --curve-3: #1f9d6b; --curve-4: #8a5cd6; }
+@media (prefers-color-scheme: dark) { :root { --curve-1: #6ea8ff; --curve-2: #ff9a66; --curve-3: #4fd0a0;
+  --curve-4: #b79cf5; } }
+"""  # CSS of a page with curves
 MAX_POINTS = 400
 SIZE = (5.0, 2.7)  # inches
 STYLE: dict[Any, Any] = {
@@ -65,30 +72,40 @@ class Panel:
 
 def draw(panel: Panel) -> str:
     """Return a panel as an `<svg>` element without fixed colours."""
+    return svg_element(lambda figure: _draw_panel(figure, panel))
+
+
+def _draw_panel(figure: Figure, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis = figure.add_subplot()
+    _draw_curves(axis, panel.curves)
+    if panel.log and any(_is_number(y) and y > 0 for curve in panel.curves for y in curve.y):  # type: ignore[operator]
+        _use_log_scale(axis)
+    if panel.mark is not None:
+        axis.axhline(panel.mark, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    if panel.right:
+        other = axis.twinx()
+        other.grid(False)
+        _draw_curves(other, panel.right)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.set_xlabel(panel.xlabel)
+    lines = [line for one in figure.axes for line in one.get_legend_handles_labels()[0]]
+    if lines:
+        figure.legend(handles=lines, loc="outside upper left", ncols=3 if len(lines) == 3 else 2)
+
+
+def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
+    """Return what `draw` puts into an empty figure of `size` inches as an `<svg>` element without fixed colours."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     buffer = io.StringIO()
     with rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        axis = figure.add_subplot()
-        _draw_curves(axis, panel.curves)
-        if panel.log and any(_is_number(y) and y > 0 for curve in panel.curves for y in curve.y):  # type: ignore[operator]
-            _use_log_scale(axis)
-        if panel.mark is not None:
-            axis.axhline(panel.mark, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        if panel.right:
-            other = axis.twinx()
-            other.grid(False)
-            _draw_curves(other, panel.right)
-        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        axis.set_xlabel(panel.xlabel)
-        lines = [line for one in figure.axes for line in one.get_legend_handles_labels()[0]]
-        if lines:
-            figure.legend(handles=lines, loc="outside upper left", ncols=3 if len(lines) == 3 else 2)
+        draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -39,11 +39,11 @@ HEADLINES: dict[alarm.Kind, str] = {
     "unmeasured": "Not measured",
 }
 TOO_SHORT = "Ended before it learned"  # the verdict on a finished run for which it is too early
-STYLE = """<style>
-:root { --curve-1: #2a6fdb; --curve-2: #d9622b; --curve-3: #1f9d6b; --curve-4: #8a5cd6;
-  --good: #1f9d6b; --bad: #c8322b; }
-@media (prefers-color-scheme: dark) { :root { --curve-1: #6ea8ff; --curve-2: #ff9a66; --curve-3: #4fd0a0;
-  --curve-4: #b79cf5; --good: #4fd0a0; --bad: #ff7b70; } }
+STYLE = (
+    f"<style>{curves.VARIABLES}"
+    + """
+:root { --good: #1f9d6b; --bad: #c8322b; }
+@media (prefers-color-scheme: dark) { :root { --good: #4fd0a0; --bad: #ff7b70; } }
 .verdict { border-left-color: var(--soft); } .verdict.good { border-left-color: var(--good); }
 .verdict.bad { border-left-color: var(--bad); } .verdict strong { font-size: 1.3rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem 1.5rem; }
@@ -51,6 +51,7 @@ STYLE = """<style>
   padding: .7rem .9rem; } .panels h3 { font-size: 1rem; margin: 0 0 .2rem; } .panels svg { width: 100%; height: auto; }
 .panels figcaption { font-size: .85rem; } td { overflow-wrap: anywhere; }
 </style>"""
+)
 
 
 @dataclass(frozen=True)
