@@ -667,6 +667,21 @@ def test_tensors_that_do_not_fit_are_named_and_counted(tmp_path):
     assert "1 of another shape: blocks.1.norm1.weight; blocks.1.norm1.weight is [7], wanted [128]" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blocks.0.extra.weight": torch.zeros(1)}, r"\(1 unexpected: blocks.0.extra.weight\)"),
+        ({"norm.bias": torch.zeros(3)}, r"\(1 of another shape: norm.bias; norm.bias is \[3\], wanted \[128\]\)"),
+        ({"norm.bias": torch.zeros(128, dtype=torch.int64)}, "1 of another shape: norm.bias"),
+        ({"norm.bias": torch.zeros(1).expand(128)}, "1 of another shape: norm.bias"),
+    ],
+)
+def test_one_tensor_too_many_or_too_odd_is_enough(change, said, tmp_path):
+    state = {**timms_vit(class_token=True).state_dict(), **change}
+    with pytest.raises(NoInputError, match=said):
+        _frozen.load(f"mefem:{saved(state, tmp_path / 'odd.pth')}")
+
+
 @pytest.mark.parametrize("choice", ["farl", "franca", "ijepa", "mefem"])
 def test_numbers_that_are_not_finite_are_refused(choice, tmp_path):
     path = families(tmp_path)[choice]

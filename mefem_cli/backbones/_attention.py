@@ -36,7 +36,7 @@ class CPUAttention(Attention):
     ) -> torch.Tensor:
         """Mix tokens [B, n, D] -> [B, n, D]."""
         if attn_mask is not None or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            masks = {} if attn_mask is None else {"attn_mask": attn_mask}  # timm 1.0.15 has none
+            masks: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}  # timm 1.0.15 has none
             return super().forward(x, **masks, **others)
         features = self.qkv(x).float().unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, n, 3, heads, d]
         with torch.autocast("cpu", enabled=False):

@@ -51,7 +51,7 @@ RESBLOCK = "transformer.resblocks."
 class Options:
     """A FaRL encoder."""
 
-    projected: bool = False  # FaRL: features in the space shared with captions (512), not the tower's own (768)
+    projected: bool = False  # features in the space shared with captions (512), not the tower's own (768)
 
 
 def recognises(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -28,11 +28,11 @@ NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class Options:
     """An ONNX network."""
 
-    preset: Literal["buffalo", "none"] = "buffalo"  # onnx: buffalo: 112 px, RGB, faces aligned by keypoints as
+    preset: Literal["buffalo", "none"] = "buffalo"  # buffalo: 112 px, RGB, faces aligned by keypoints as
     # InsightFace does; none: the whole crop, with --input-size, --input-mean and --input-std
-    input_size: int | None = None  # onnx: side of the input, px; default: what the file says
-    input_mean: str | None = None  # onnx: subtracted from values 0 to 255, one number or R,G,B; default: 127.5
-    input_std: str | None = None  # onnx: what they are then divided by, one number or R,G,B; default: 127.5
+    input_size: int | None = None  # side of the input, px; default: what the file says
+    input_mean: str | None = None  # subtracted from values 0 to 255, one number or R,G,B; default: 127.5
+    input_std: str | None = None  # what they are then divided by, one number or R,G,B; default: 127.5
 
 
 def load(argument: str, encoder: str | None, options: Options) -> Loaded:

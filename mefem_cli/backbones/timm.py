@@ -44,7 +44,7 @@ MAX_IMAGE_SIZE = 4096  # px
 class Options:
     """A model of timm."""
 
-    timm_image_size: int | None = None  # timm: side of its input, px; default: the model's own
+    timm_image_size: int | None = None  # side of its input, px; default: the model's own
 
 
 def recognises(tensors: Mapping[str, torch.Tensor]) -> bool:
