@@ -67,6 +67,7 @@ class Encoding:
             else:
                 continue
             self._take_half(min(self.most, len(images) - begin), out_of_memory)  # outside: the error holds tensors
+        # It copies, also a single piece: a view of the tokens would keep all of them in memory until it is written.
         values, largest = (
             {kind: torch.cat([piece[side][kind] for piece in pieces]) for kind in self.kinds} for side in (0, 1)
         )
@@ -77,8 +78,7 @@ class Encoding:
             features = self.encoder.features(images)
         # Looked at where it was made: a store's worth of patches is more than the host could look at in time.
         largest = {kind: features[kind].flatten(1).abs().amax(1).float() for kind in self.kinds}
-        # Copies: a view, as CLS features are, would keep all tokens in memory until it is written.
-        return {kind: features[kind].to(self.dtype, copy=True).contiguous() for kind in self.kinds}, largest
+        return {kind: features[kind].to(self.dtype) for kind in self.kinds}, largest
 
     def _take_half(self, tried: int, error: Exception) -> None:
         if tried == 1:
