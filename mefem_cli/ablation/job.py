@@ -268,12 +268,12 @@ class _LabelledFaces:
 def _check_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int) -> None:
     """Make the targets and folds of every task once, so that hours of training do not end at a missing label."""
     faces = cast(FeatureStore, _LabelledFaces(crops))
-    names = {option.name for option in parts.read_fields("evaluation.evaluate", "ProbeOptions")} - {"head", "features"}
+    names = {option.name for option in parts.read_fields("evaluation.options", "ProbeOptions")} - {"head", "features"}
     distinct = {
         steps.key(chosen): chosen for cell in cells for chosen in [{n: v for n, v in cell.probe.items() if n in names}]
     }
     for chosen in distinct.values():
-        options = Given(chosen).build("evaluation.evaluate", "ProbeOptions")
+        options = Given(chosen).build("evaluation.options", "ProbeOptions")
         for task in grid.tasks:
             evaluate.prepare(faces, task, options, seed)
 

@@ -1,8 +1,8 @@
 """A feature store + a label -> scores with intervals.
 
-A task is a label of the store, or bmi (also from weight_kg and height_cm) or age. Each face is predicted by a head
-that never saw its person; intervals are 95 % bootstraps over people. Reads the pipe or features.h5; writes nothing
-without -o.
+A task is a label of the store, or bmi (also from weight_kg and height_cm), age, or a data set's protocol: celeba,
+fairface, mcd_rppg, utkface (celeba.Smiling is one of its targets). Each face is predicted by a head that never saw its
+person; intervals are 95 % bootstraps over people. Reads the pipe or features.h5; writes nothing without -o.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mefem_cli.stores.product import ProductOptions
 
 ARGUMENT = ("task", "Tasks or labels, several at once: bmi, age, or any label in the store.")
-OPTIONS = ("evaluation.evaluate:ProbeOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
-ROOMS = ("probes",)
+OPTIONS = ("evaluation.options:ProbeOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
+ROOMS = ("probes", "tasks")
 
 DEFAULT_STORE = "features.h5"
 
@@ -27,13 +27,13 @@ def run(arguments: list[str], given: Given) -> None:
     """Probe, or with `--dry-run` say what would be probed."""
     from pathlib import Path
 
-    from mefem_cli import console
+    from mefem_cli import console, parts
     from mefem_cli.errors import UsageError
     from mefem_cli.evaluation import job as jobs
     from mefem_cli.evaluation.heads import chosen_heads
     from mefem_cli.stores import product
 
-    options = given.build("evaluation.evaluate", "ProbeOptions")
+    options = given.build("evaluation.options", "ProbeOptions")
     output = given.build("stores.product", "ProductOptions")
     chosen_heads(options.head)  # a typo should not wait for the pipe
     if not arguments:
@@ -41,8 +41,13 @@ def run(arguments: list[str], given: Given) -> None:
     if output.out and not output.overwrite:
         product.refuse_existing(Path(output.out), overwrite=False, holds="scores.json")
 
-    stores = jobs.open_stores(_paths(options.store))
-    job = jobs.Job.prepare(stores, arguments, options, output.seed, output.limit)
+    task_options = {
+        name: given.build(f"tasks.{name}")
+        for name in parts.names("tasks")
+        if parts.read_fields(f"tasks.{name}") and any(task.partition(".")[0] == name for task in arguments)
+    }
+    stores = jobs.open_pairs(options) if options.train_store else jobs.open_stores(_paths(options.store))
+    job = jobs.Job.prepare(stores, arguments, options, output.seed, output.limit, task_options)
     head_options = {head: given.build(f"probes.{head}") for head, _ in job.pairs}
     for name in [*given.unused, *(["resume"] if output.resume else [])]:
         console.warn(f"--{name.replace('_', '-')} has no effect here")
@@ -117,8 +122,7 @@ def _save(folder: Path, job: Job, results: Results, output: ProductOptions) -> N
     from mefem_cli.evaluation import report
     from mefem_cli.stores import product
 
-    inputs = {str(store.path.absolute()): store.sha256 for store in job.stores}
-    record = product.provenance(asdict(job.options), inputs, output.seed, job.options.device)
+    record = product.provenance(asdict(job.options), job.inputs, output.seed, job.options.device)
     product.refuse_existing(folder, output.overwrite, holds="scores.json")
     report.save(folder, results, {**record, "models": [store.provenance.get("model") for store in job.stores]})
     console.note(f"wrote {folder}: scores.json, predictions.parquet, provenance.json")

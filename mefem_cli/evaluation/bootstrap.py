@@ -5,7 +5,7 @@ They say how much a score would vary with other people, not with another trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +48,64 @@ def draw_weights(group: np.ndarray, replicates: int, seed: int | list[int]) -> I
 
 def intervals(predictions: Predictions, replicates: int, seed: int | list[int]) -> dict[str, Interval]:
     """Return each metric of a set of predictions with its interval."""
-    values = metrics.compute(predictions, np.ones((1, len(predictions))))
-    drawn = _replicated([predictions], replicates, seed)[0]
+    return mean_intervals([predictions], replicates, seed)
+
+
+def mean_intervals(
+    several: Sequence[Predictions],
+    replicates: int,
+    seed: int | list[int],
+    rows: Sequence[np.ndarray] | None = None,
+    group: np.ndarray | None = None,
+) -> dict[str, Interval]:
+    """Return the mean of each metric over several predictions, with the interval for other people.
+
+    Each replicate draws the same groups for all of them: they hold the same rows, or `rows` (of `group` (N,)) says
+    which rows each of them holds.
+    """
+    rows = rows or [np.arange(len(one)) for one in several]
+    values = _mean([metrics.compute(one, np.ones((1, len(one)))) for one in several])
+    drawn = _replicated([several], rows, several[0].group if group is None else group, replicates, seed)[0]
     return {name: _interval(float(value[0]), drawn[name]) for name, value in values.items()}
+
+
+def repeated_intervals(
+    repeats: Sequence[Predictions], replicates: int, seed: int | list[int], others: Sequence[Predictions] = ()
+) -> dict[str, Interval]:
+    """Return the mean of each metric over repeats with other folds and seeds, with its interval.
+
+    The bootstrap of the mean says how it varies with other people; how it varies with the folds (a t-interval over the
+    repeats) is added in quadrature on both sides. With `others`, it is repeats minus others, pair by pair.
+    """
+    pairs = [repeats, others] if others else [repeats]
+    rows = [np.arange(len(one)) for one in repeats]
+    by_repeat = [[metrics.compute(one, np.ones((1, len(one)))) for one in several] for several in pairs]
+    drawn = _replicated(pairs, rows, repeats[0].group, replicates, seed)
+    found = {}
+    for name in drawn[0]:
+        values = np.array([float(one[name][0]) for one in by_repeat[0]])
+        replicated = drawn[0][name]
+        if others:
+            values = values - np.array([float(one[name][0]) for one in by_repeat[1]])
+            replicated = replicated - drawn[1][name]
+        found[name] = _widened(_interval(float(values.mean()), replicated), values)
+    return found
+
+
+def _widened(interval: Interval, values: np.ndarray) -> Interval:
+    """Add the t-interval of the mean of values (R,) of repeats to an interval, in quadrature."""
+    if len(values) < 2:
+        return interval
+    from scipy.special import stdtrit
+
+    quantile = stdtrit(len(values) - 1, 1 - (100 - COVERAGE_PERCENT) / 200)
+    half = float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+    low, high = interval.value - interval.low, interval.high - interval.value
+    return Interval(
+        interval.value,
+        interval.value - float(np.copysign(np.hypot(low, half), low)),
+        interval.value + float(np.copysign(np.hypot(high, half), high)),
+    )
 
 
 def paired_difference(
@@ -62,22 +117,29 @@ def paired_difference(
     """
     assert np.array_equal(first.ids, second.ids), "paired predictions hold the same rows"
     assert np.array_equal(first.group, second.group), "paired predictions are resampled by the same groups"
-    ones = np.ones((1, len(first)))
-    value_first, value_second = metrics.compute(first, ones), metrics.compute(second, ones)
-    drawn_first, drawn_second = _replicated([first, second], replicates, seed)
-    return {
-        name: _interval(float((value_first[name] - value_second[name])[0]), drawn_first[name] - drawn_second[name])
-        for name in value_first
-    }
+    return repeated_intervals([first], replicates, seed, [second])
 
 
-def _replicated(several: list[Predictions], replicates: int, seed: int | list[int]) -> list[dict[str, np.ndarray]]:
-    """Return each metric in each replicate, [replicates], for several predictions under the same draws."""
-    runs: list[list[dict[str, np.ndarray]]] = [[] for _ in several]
-    for weights in draw_weights(several[0].group, replicates, seed):
-        for predictions, parts in zip(several, runs, strict=True):
-            parts.append(metrics.compute(predictions, weights))
-    return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in runs]
+def _replicated(
+    sides: Sequence[Sequence[Predictions]],
+    rows: Sequence[np.ndarray],
+    group: np.ndarray,
+    replicates: int,
+    seed: int | list[int],
+) -> list[dict[str, np.ndarray]]:
+    """Return for each side the mean of each metric over its predictions in each replicate, [replicates].
+
+    All see the same draws of `group` (N,); the i-th predictions of a side hold the rows `rows[i]`.
+    """
+    runs: list[list[dict[str, np.ndarray]]] = [[] for _ in sides]
+    for weights in draw_weights(group, replicates, seed):
+        for side, run in zip(sides, runs, strict=True):
+            run.append(_mean([metrics.compute(one, weights[:, at]) for one, at in zip(side, rows, strict=True)]))
+    return [{name: np.concatenate([part[name] for part in run]) for name in run[0]} for run in runs]
+
+
+def _mean(several: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([one[name] for one in several], axis=0) for name in several[0]}
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:

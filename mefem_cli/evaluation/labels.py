@@ -1,19 +1,21 @@
 """From a task's name to targets: which rows have one, and whether it is a number or a class.
 
-A task in `tasks/` says its kind. Any other label is a class if it is text, or if it is a number with at most ten
-distinct values, all whole (0/1, grades); otherwise it is a number. `kind` overrides.
+A task in `tasks/` says its kind; a data set's protocol has several targets, of which `celeba.Smiling` names one. Any
+other label is a class if it is text, or if it is a number with at most ten distinct values, all whole (0/1, grades);
+otherwise it is a number. `kind` overrides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from mefem_cli import parts
 from mefem_cli.errors import NoInputError, UsageError, did_you_mean
-from mefem_cli.tasks import Values, numbers
+from mefem_cli.tasks import Faces, Protocol, Values, numbers
 
 KINDS = ("regression", "classification")
 MAX_NUMERIC_CLASSES = 10
@@ -29,6 +31,7 @@ class Target:
     values: np.ndarray  # (n,) float64, or int64 index into `classes`
     classes: tuple[str, ...] = ()  # empty: regression
     notes: tuple[str, ...] = ()  # what was left out, for the user
+    made: Values = field(default_factory=lambda: Values(np.zeros(0)))  # what the task said, for all rows
 
     @property
     def kind(self) -> str:
@@ -36,14 +39,53 @@ class Target:
         return "classification" if self.classes else "regression"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The targets that one task on the command line means, and what its data set prescribes for all of them."""
+
+    task: str
+    targets: tuple[Target, ...]
+    split: np.ndarray | None = None  # (N,) str, as `tasks.Protocol`
+    people: np.ndarray | None = None
+    has_mean: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def load_task(faces: Faces, task: str, kind: str | None = None, options: Any = None) -> Asked:
+    """Return what a task asks for: one target, or those of a data set's protocol (all, or the one behind the dot).
+
+    `options` are the protocol's own. Raises as `load_target`, and where no target of a protocol is usable.
+    """
+    room, _, wanted = task.partition(".")
+    if task in faces.labels or room not in parts.names("tasks") or not hasattr(parts.load("tasks", room), "protocol"):
+        return Asked(task, (load_target(faces.labels, task, kind),))
+    module = parts.load("tasks", room)
+    made: Protocol = module.protocol(faces, options or (module.Options() if hasattr(module, "Options") else None))
+    if wanted and wanted not in made.targets:
+        raise UsageError(f'{room} has no target "{wanted}"{did_you_mean(wanted, made.targets)}')
+    targets, refused = [], []
+    for name, values in made.targets.items():
+        if wanted in ("", name):
+            try:
+                targets.append(_target(f"{room}.{name}", values, values.kind))
+            except NoInputError as error:
+                refused.append(str(error))
+    if not targets:
+        raise NoInputError(refused[0] + (f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""))
+    notes = (*made.notes, *(f"{one}; it is left out" for one in refused))
+    return Asked(task, tuple(targets), made.split, made.people, made.has_mean and not wanted, notes)
+
+
 def load_target(labels: Mapping[str, np.ndarray], task: str, kind: str | None = None) -> Target:
     """Return the target of a task from the labels of a store (name -> (N,) float64 or str objects).
 
     Raises NoInputError where the label is absent, or nothing in it is usable; UsageError where text is asked to be a
-    number.
+    number, or where the task has several targets.
     """
     if task in parts.names("tasks"):
         module = parts.load("tasks", task)
+        if not hasattr(module, "target"):
+            raise UsageError(f"task {task} has several targets; name a label, or one of them, such as {task}.NAME")
         made = module.target(_needed(labels, task, module.NEEDS))
         return _target(task, made, kind or module.KIND)
     return _target(task, Values(find(labels, task)), kind)
@@ -111,10 +153,13 @@ def _target(task: str, made: Values, kind: str | None) -> Target:
     if num_missing:
         notes += (f"{task}: {num_missing} of {len(values)} faces have no usable label and are left out",)
     if kind == "regression":
-        return Target(task, rows, values[rows].astype(np.float64), notes=notes)
+        return Target(task, rows, values[rows].astype(np.float64), notes=notes, made=made)
     distinct, index = np.unique(values[rows], return_inverse=True)
     classes = tuple(f"{one:g}" if isinstance(one, float) else str(one) for one in distinct)
-    return Target(task, rows, index.astype(np.int64), classes, notes)
+    if made.classes:  # the order that the task gives, without classes that no face has
+        order = sorted(range(len(classes)), key=lambda number: made.classes.index(classes[number]))
+        index, classes = np.argsort(order)[index], tuple(classes[number] for number in order)
+    return Target(task, rows, index.astype(np.int64), classes, notes, made)
 
 
 def looks_like_classes(values: np.ndarray) -> bool:

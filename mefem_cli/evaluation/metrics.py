@@ -40,6 +40,23 @@ class Predictions:
         group = np.unique(self.group[rows], return_inverse=True)[1]
         return Predictions(self.ids[rows], self.target[rows], self.output[rows], self.fold[rows], group, self.classes)
 
+    def averaged(self, number: np.ndarray) -> Predictions:
+        """Return one row for all rows of one number (N,), fold and class: their mean target and output.
+
+        The id and the group are those of the first row of them.
+        """
+        keys = [number, self.fold, *([self.target] if self.classes else [])]
+        _, first, index = np.unique(np.stack(keys), axis=1, return_index=True, return_inverse=True)
+        index = index.ravel()
+        order = np.argsort(np.argsort(first))  # in the order of their first rows
+        index, first = order[index], np.sort(first)
+        count = np.bincount(index)
+        output = np.zeros((len(first), *self.output.shape[1:]))
+        np.add.at(output, index, self.output)
+        output /= count.reshape(-1, *[1] * (output.ndim - 1))
+        target = self.target[first] if self.classes else np.bincount(index, self.target) / count
+        return Predictions(self.ids[first], target, output, self.fold[first], self.group[first], self.classes)
+
 
 def compute(predictions: Predictions, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Return each metric for each weighting: name -> [B] from `weights` [B, N]; NaN where it is undefined."""

@@ -25,10 +25,17 @@ class Fold:
     train: np.ndarray  # (n,) int: rows of `features` to learn from
     test: np.ndarray  # (m,) int: rows to predict
     target: np.ndarray  # (n,) float64, or int64 class index; of the training rows only
-    inner: np.ndarray  # (n,) int: grouped, stratified folds of the training rows, to choose options on
+    inner: (
+        np.ndarray
+    )  # (n,) int: grouped, stratified folds of the training rows, to choose options on; -1: never held out
     num_classes: int = 0  # 0: regression
     seed: int = 0
     device: str = "auto"  # for heads trained by gradient
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """The inner folds to hold out, each in turn; only one where a data set has a validation part."""
+        return np.unique(self.inner[self.inner >= 0])
 
     @property
     def train_features(self) -> np.ndarray:

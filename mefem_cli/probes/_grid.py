@@ -157,7 +157,7 @@ def _in_parts(
 
 def _choose_and_predict(trainer: _Trainer, fold: Fold, recipe: Recipe, look: Look | None) -> Fitted:
     grid = list(product(recipe.rates, recipe.decays))
-    is_valid = fold.inner == fold.inner.min()
+    is_valid = fold.inner == fold.held_out[0]
     losses = trainer.train(grid, ~is_valid, recipe.epochs, is_valid)[1]  # [epochs, G]
     epoch, best = np.unravel_index(int(np.argmin(losses)), losses.shape)
     rate, decay = grid[best]

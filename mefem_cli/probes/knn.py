@@ -34,10 +34,10 @@ class Options:
 def fit_predict(fold: Fold, options: Options) -> Fitted:
     """Choose k on the inner folds by squared error or log loss; predict the test fold from all training rows."""
     features, target = fold.train_features, fold.target
-    smallest = min(int((fold.inner != held_out).sum()) for held_out in np.unique(fold.inner))
+    smallest = min(int((fold.inner != held_out).sum()) for held_out in fold.held_out)
     counts = [count for count in options.counts if count <= smallest] or [smallest]
     losses = np.zeros(len(counts))
-    for held_out in np.unique(fold.inner):
+    for held_out in fold.held_out:
         train, valid = fold.inner != held_out, fold.inner == held_out
         path = knn_path(features[train], target[train], features[valid], counts, fold.num_classes)
         losses += [_loss(output, target[valid]) * valid.sum() for output in path]

@@ -29,7 +29,7 @@ def fit_predict(fold: Fold, options: Options) -> Fitted:
 def _ridge(fold: Fold) -> Fitted:
     features, target = fold.train_features, fold.target
     errors = np.zeros(len(PENALTIES))
-    for held_out in np.unique(fold.inner):
+    for held_out in fold.held_out:
         train, valid = fold.inner != held_out, fold.inner == held_out
         predictions = ridge_path(features[train], target[train], features[valid], PENALTIES)  # [P, v]
         errors += ((predictions - target[valid]) ** 2).sum(axis=1)
@@ -72,7 +72,7 @@ def _ridge_state(train_x: np.ndarray, train_y: np.ndarray, penalties: Sequence[f
 def _logistic(fold: Fold) -> Fitted:
     features, target = fold.train_features, fold.target
     losses = np.zeros(len(STRENGTHS))
-    for held_out in np.unique(fold.inner)[:LOGISTIC_INNER_FOLDS]:
+    for held_out in fold.held_out[:LOGISTIC_INNER_FOLDS]:
         train, valid = fold.inner != held_out, fold.inner == held_out
         path = logistic_path(features[train], target[train], features[valid], STRENGTHS, fold.num_classes)
         losses += [mean_log_loss(probabilities, target[valid]) * valid.sum() for probabilities in path]
