@@ -404,9 +404,10 @@ def _share(work: Path, rank: int, options: dict) -> None:
     torch.set_num_threads(1)
     world = distributed.join(rank, 2, f"file://{work / 'meeting'}")
     console.configure(console.ConsoleOptions(quiet=True))
-    (work / f"{rank}.json").write_text(
-        json.dumps([asdict(one) for one in job(work, world=world, **options).run()], default=str)
-    )
+    forward, encoded = Encoding.__call__, []
+    Encoding.__call__ = lambda self, images: (encoded.append(len(images)), forward(self, images))[1]
+    done = [asdict(one) for one in job(work, world=world, **options).run()]
+    (work / f"{rank}.json").write_text(json.dumps([done, sum(encoded)], default=str))
     torch.distributed.destroy_process_group()
 
 
@@ -464,8 +465,9 @@ def test_two_processes_make_the_store_of_one(work):
     for process in processes:
         process.join(240)
         assert process.exitcode == 0
-    (done,), nothing = (json.loads((work / f"{rank}.json").read_text()) for rank in range(2))
+    ((done,), first), (nothing, second) = (json.loads((work / f"{rank}.json").read_text()) for rank in range(2))
     assert (done["crops"], done["embedded"], nothing) == (29, 29, [])
+    assert (first, second) == (14, 15)  # of 30, one of the first half is broken
     assert not feature_parts.folder_of(work / "features.h5").exists()
     embed(work, patches=True, product={"out": str(work / "one.h5")}, machine={"batch_size": "4"})
     one, two = contents(work / "one.h5"), contents(work / "features.h5")
@@ -545,3 +547,14 @@ def test_features_that_wait_for_the_disk_do_not_keep_all_tokens_in_memory(work):
     values = encoding(torch.zeros(4, 3, 64, 64, dtype=torch.uint8)).values
     for kind, one in values.items():
         assert one.untyped_storage().nbytes() == 4 * 48 * 4, kind
+
+
+def test_a_part_serves_only_crops_of_the_same_bytes(tmp_path):
+    writer = feature_parts.PartWriter(tmp_path)
+    writer.append(["a", "b"], ["1" * 64, "2" * 64], {"cls": np.ones((2, 3), np.float16)})
+    writer.flush()
+    writer.append(["a"], ["3" * 64], {"cls": np.ones((1, 3), np.float16)})
+    writer.flush()
+    parts = Parts(tmp_path)
+    ids, digests = ["b", "a", "a", "b", "c"], ["2" * 64, "3" * 64, "1" * 64, "1" * 64, "1" * 64]
+    assert parts.locate(ids, digests).tolist() == [1, 2, 0, -1, -1]
