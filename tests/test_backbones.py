@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from mefem_cli import parts
+from mefem_cli import console, parts
 from mefem_cli.backbones import _frozen, _tensors, _tokens, farl, franca, hf, timm, vit
 from mefem_cli.errors import MefemError, NoInputError, UsageError
 from mefem_cli.stores.runs import Run
@@ -797,6 +797,7 @@ def test_hf_fetches_one_file_and_its_config(monkeypatch, tmp_path, capsys):
         lambda: SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings())),
     )
     saved(timms_vit(class_token=True).state_dict(), folder / "MeFEm-S.pth.tar")
+    console.configure(console.ConsoleOptions())
     loaded = _frozen.load("hf:boretsyury/MeFEm")
     assert fetched == [("boretsyury/MeFEm", "MeFEm-S.pth.tar")]
     assert "takes MeFEm-S.pth.tar, the smallest; there is also MeFEm-B.pth.tar" in capsys.readouterr().err

@@ -29,7 +29,7 @@ ENDINGS = (".safetensors", ".tar", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face, in the order of preference
 MAX_NESTING, MAX_TENSORS = 4, 100_000
 SHOWN_NAMES, SHOWN_CHARACTERS = 3, 60
-MAX_GROUPS = 20
+MAX_GROUPS, REASON_CHARACTERS = 20, 120
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _refuse_compressed(path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # before that torch explains itself
-    return shown_name((text.splitlines() or [type(error).__name__])[0])
+    return ascii((text.splitlines() or [type(error).__name__])[0])[1:-1][:REASON_CHARACTERS]
 
 
 def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
