@@ -74,8 +74,8 @@ def repeated_intervals(
 ) -> dict[str, Interval]:
     """Return the mean of each metric over repeats with other folds and seeds, with its interval.
 
-    The bootstrap of the mean says how it varies with other people; how it varies with the folds (a t-interval over the
-    repeats) is added in quadrature on both sides. With `others`, it is repeats minus others, pair by pair.
+    The bootstrap of the mean says how it varies with other people; how it varies with the folds is added, see
+    `_widened`. With `others`, it is repeats minus others, pair by pair.
     """
     pairs = [repeats, others] if others else [repeats]
     rows = [np.arange(len(one)) for one in repeats]
@@ -93,19 +93,24 @@ def repeated_intervals(
 
 
 def _widened(interval: Interval, values: np.ndarray) -> Interval:
-    """Add the t-interval of the mean of values (R,) of repeats to an interval, in quadrature."""
-    if len(values) < 2:
-        return interval
-    from scipy.special import stdtrit
+    """Add to an interval how the mean of values (R,) of repeats varies with the folds.
 
-    quantile = stdtrit(len(values) - 1, 1 - (100 - COVERAGE_PERCENT) / 200)
-    half = float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
-    low, high = interval.value - interval.low, interval.high - interval.value
-    return Interval(
-        interval.value,
-        interval.value - float(np.copysign(np.hypot(low, half), low)),
-        interval.value + float(np.copysign(np.hypot(high, half), high)),
-    )
+    On each side the variance is W + B / R: W that of the bootstrap, B that between repeats; the half width is its root
+    times the quantile of t, with degrees of freedom after Satterthwaite, as W is known well and B from few repeats.
+    """
+    between = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+    if not between > 0:
+        return interval
+    from scipy.special import ndtri, stdtrit
+
+    tail = 1 - (100 - COVERAGE_PERCENT) / 200
+
+    def half(one_side: float) -> float:
+        total = (one_side / ndtri(tail)) ** 2 + between
+        return float(np.copysign(stdtrit((len(values) - 1) * (total / between) ** 2, tail) * np.sqrt(total), one_side))
+
+    low, high = half(interval.value - interval.low), half(interval.high - interval.value)
+    return Interval(interval.value, interval.value - low, interval.value + high)
 
 
 def paired_difference(
