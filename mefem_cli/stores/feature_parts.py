@@ -123,7 +123,7 @@ class Parts:
         """Append rows to a store in the order of `places`, what `locate` returned for `ids`."""
         part, row = self._part_of[places], self._row_of[places]
         ends = np.flatnonzero((np.diff(part) != 0) | (np.diff(row) != 1)) + 1
-        # HDF5 holds something of every chunk that is written in one go: long runs are cut.
+        # A part may be one long run; in short ones, room on the disk is looked at before each.
         cuts = np.union1d(ends, np.arange(0, len(places), READ_BATCH)).tolist()
         for begin, end in itertools.pairwise([*cuts, len(places)]):
             features = self._features(int(part[begin]))
