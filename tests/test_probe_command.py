@@ -111,7 +111,8 @@ def test_out_holds_scores_and_out_of_fold_predictions(folder, tmp_path):
     out = tmp_path / "results"
     words = ("bmi", "sex", "--head", "linear", "--bootstraps", "200", "-o", str(out))
     assert probe(folder, *words).returncode == 0
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.parquet", "provenance.json", "scores.json"]
+    files = ["predictions.parquet", "provenance.json", "report.html", "scores.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
     scores = json.loads((out / "scores.json").read_text())
     assert [row["task"] for row in scores] == ["bmi", "sex"]
     assert len(scores[0]["chosen"]) == 5

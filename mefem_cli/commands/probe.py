@@ -7,7 +7,7 @@ person; intervals are 95 % bootstraps over people. Reads the pipe or features.h5
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from mefem_cli.stores.product import ProductOptions
 
 ARGUMENT = ("task", "Tasks or labels, several at once: bmi, age, or any label in the store.")
-OPTIONS = ("evaluation.options:ProbeOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
+OPTIONS = (
+    "evaluation.options:ProbeOptions",
+    "evaluation.saved:KeepOptions",
+    "stores.product:ProductOptions",
+    "console:ConsoleOptions",
+)
 ROOMS = ("probes", "tasks")
 
 DEFAULT_STORE = "features.h5"
@@ -30,10 +35,12 @@ def run(arguments: list[str], given: Given) -> None:
     from mefem_cli import console, parts
     from mefem_cli.errors import UsageError
     from mefem_cli.evaluation import job as jobs
+    from mefem_cli.evaluation import saved
     from mefem_cli.evaluation.heads import chosen_heads
     from mefem_cli.stores import product
 
     options = given.build("evaluation.options", "ProbeOptions")
+    keep = given.build("evaluation.saved", "KeepOptions")
     output = given.build("stores.product", "ProductOptions")
     chosen_heads(options.head)  # a typo should not wait for the pipe
     if not arguments:
@@ -49,6 +56,8 @@ def run(arguments: list[str], given: Given) -> None:
     stores = jobs.open_pairs(options) if options.train_store else jobs.open_stores(_paths(options.store))
     job = jobs.Job.prepare(stores, arguments, options, output.seed, output.limit, task_options)
     head_options = {head: given.build(f"probes.{head}") for head, _ in job.pairs}
+    if keep.save:
+        saved.check(job, Path(keep.save), output.overwrite)
     for name in [*given.unused, *(["resume"] if output.resume else [])]:
         console.warn(f"--{name.replace('_', '-')} has no effect here")
     for note in job.notes:
@@ -60,7 +69,11 @@ def run(arguments: list[str], given: Given) -> None:
         results = job.run(head_options, after_fold=lambda fitted: bar.advance(status=fitted))
     _print_results(results)
     if output.out:
-        _save(Path(output.out), job, results, output)
+        _write_folder(Path(output.out), job, results, output, keep.faces)
+    if keep.save:
+        score = saved.save(Path(keep.save), job, results, head_options, _record(job, output))
+        of_all = f", the best of {len(results.scores)} out of fold" if len(results.scores) > 1 else ""
+        console.note(f"wrote {keep.save}: {score.head} on {score.features}{of_all}, fitted on all faces")
 
 
 def _labels_hint(stores: list[str]) -> str:
@@ -115,14 +128,24 @@ def _print_results(results: Results) -> None:
             console.table(table)
 
 
-def _save(folder: Path, job: Job, results: Results, output: ProductOptions) -> None:
+def _record(job: Job, output: ProductOptions) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from mefem_cli import console
-    from mefem_cli.evaluation import report
     from mefem_cli.stores import product
 
     record = product.provenance(asdict(job.options), job.inputs, output.seed, job.options.device)
+    return {**record, "models": [store.provenance.get("model") for store in job.stores]}
+
+
+def _write_folder(folder: Path, job: Job, results: Results, output: ProductOptions, show_faces: bool) -> None:
+    from mefem_cli import console
+    from mefem_cli.evaluation import report
+    from mefem_cli.reports import probe as pages
+    from mefem_cli.stores import product
+
+    record = _record(job, output)
+    page = pages.page(results, job.stores, record, show_faces)
     product.refuse_existing(folder, output.overwrite, holds="scores.json")
-    report.save(folder, results, {**record, "models": [store.provenance.get("model") for store in job.stores]})
-    console.note(f"wrote {folder}: scores.json, predictions.parquet, provenance.json")
+    report.save(folder, results, record)
+    product.write_text(folder / pages.REPORT, page)
+    console.note(f"wrote {folder}: {pages.REPORT}, scores.json, predictions.parquet, provenance.json")

@@ -97,12 +97,15 @@ def _draw_panel(figure: Figure, panel: Panel) -> None:
 
 def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
     """Return what `draw` puts into an empty figure of `size` inches as an `<svg>` element without fixed colours."""
+    import warnings
+
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the browser has the letter
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
