@@ -5,8 +5,7 @@
 set -euo pipefail
 faces=$1 out=$2
 shift 2
-recipe=(--backbone vit_tiny_patch16_224 --depth 4 --image-size 112 --patch-size 16 --width 2 --predictor-depth 2
-  --batch-size 32 --lr 2e-4 --ema 0.996:1 --epochs 60 "$@")
+recipe=(--backbone vit_tiny_patch16_224 --depth 6 --image-size 112 --patch-size 16 --width 2 --predictor-depth 3 "$@")
 
 mefem crop "$faces/t2i" --labels "$faces/labels.csv" -o "$out/crops_t2i"
 mefem crop "$faces/stylegan" --labels "$faces/labels.csv" --detector none -o "$out/crops_stylegan"
@@ -15,8 +14,12 @@ if [ ! -e "$out/pretrained/model.json" ]; then
 fi
 mefem pretrain "$out/crops_t2i" "$out/crops_stylegan" "${recipe[@]}" --epochs 0 -o "$out/step0" --overwrite
 for model in pretrained step0; do
-  mefem embed "$out/crops_t2i" "$out/crops_stylegan" --model "$out/$model" -o "$out/$model.h5"
+  mefem embed "$out/crops_t2i" "$out/crops_stylegan" --model "$out/$model" --patches -o "$out/$model.h5"
 done
 python "$(dirname "$0")/pixel_store.py" "$out/pixels.h5" "$out/crops_t2i" "$out/crops_stylegan"
-mefem probe age_est sex_est --head linear --features mean \
-  --store "$out/pretrained.h5" --store "$out/step0.h5" --store "$out/pixels.h5" -o "$out/scores"
+
+python "$(dirname "$0")/learning_curve.py" "$out/pretrained"
+stores=(--store "$out/pretrained.h5" --store "$out/step0.h5")
+mefem probe age_est sex_est --head linear --features mean "${stores[@]}" --store "$out/pixels.h5"
+mefem probe age_est sex_est --head linear --features cls "${stores[@]}"
+mefem probe age_est sex_est --head attentive "${stores[@]}"

@@ -27,30 +27,37 @@ def test_weight_decay_and_ema_reach_their_ends():
 
 
 @pytest.mark.parametrize(
-    ("faces", "expected_start"),
-    # batch 64 and 66 epochs: 7, 31 steps per epoch; batch 256: 195. 20 / total_steps against .004 * B / 2048.
-    [(500, 1 - 20 / (66 * 7)), (2_000, 1 - 20 / (66 * 31)), (50_000, 1 - 20 / (66 * 195))],
+    ("faces", "start", "end"),
+    # batch 64 and 66 epochs: 7, 31 and 62 steps per epoch; batch 256: 195, of 60,000 faces 234.
+    [(500, 1, 1 - 4.5 / (66 * 7)), (2_000, 1, 1 - 4.5 / (66 * 31)), (4_000, 1, 1 - 4.5 / (66 * 62))]
+    + [(50_000, 1 - 20 / (66 * 195), 1), (60_000, 1 - 20 / (66 * 234), 1)],
 )
-def test_small_data_ema_start(faces, expected_start):
+def test_planned_ema_of_small_data(faces, start, end):
     plan = make_plan(TrainOptions(), faces)
-    start, end = mefem.parse_ema(mefem.planned_ema(mefem.Options(), plan.batch_size, plan.total_steps, paper=False))
-    assert (start, end) == (pytest.approx(max(expected_start, 0.95), abs=1e-6), 1.0)
+    planned = mefem.parse_ema(mefem.planned_ema(mefem.Options(), plan.batch_size, plan.total_steps, paper=False))
+    assert planned == (pytest.approx(start, abs=1e-6), pytest.approx(end, abs=1e-6))
 
 
-@pytest.mark.parametrize("faces", [500, 2_000, 50_000])
-def test_at_most_e_to_the_minus_10_of_the_initial_target_remains(faces):
-    """Multiply the momenta of all steps, as the EMA does."""
-    plan = make_plan(TrainOptions(), faces)
-    assert plan.total_steps >= 400
-    start = schedules.small_data_ema_start(plan.batch_size, plan.total_steps)
-    log_remaining = sum(
-        math.log(schedules.linear(start, 1.0, step, plan.total_steps)) for step in range(plan.total_steps)
-    )
-    assert log_remaining <= -10 + 0.05
+def remaining(batch: int, steps: int, first: int = 0) -> float:
+    """The share of the target at step `first` in the last one: the product of the momenta, as the EMA does it."""
+    start, end = schedules.small_data_ema(batch, steps)
+    return math.prod(schedules.linear(start, end, step, steps) for step in range(first, steps))
 
 
-def test_ema_gap_is_capped_for_tiny_runs():
-    assert schedules.small_data_ema_start(64, 100) == 0.95
+@pytest.mark.parametrize("steps", [100, 462, 2_046, 5_000])
+def test_the_target_of_a_short_run_stays_and_then_follows(steps):
+    assert remaining(64, steps) == pytest.approx(math.exp(-2.25), rel=0.05)
+    first_half = remaining(64, steps) / remaining(64, steps, steps // 2)
+    assert first_half > 0.5  # of the initial target is left after half of the run
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(64, 5_001), (256, 15_444), (1024, 60_000)])
+def test_at_most_e_to_the_minus_10_of_the_initial_target_remains_in_a_long_run(batch, steps):
+    assert remaining(batch, steps) <= math.exp(-10 + 0.05)
+
+
+def test_ema_gaps_are_capped_for_tiny_runs():
+    assert schedules.small_data_ema(64, 20) == (1.0, 0.95)
 
 
 def test_unscaled_paper_values_would_keep_most_of_the_initial_target():
@@ -69,7 +76,8 @@ def test_the_paper_preset_begins_at_a_million_faces():
 def test_small_data_learning_rate_scales_with_the_square_root_of_the_batch():
     assert schedules.small_data_learning_rate(2048) == 1e-3
     assert schedules.small_data_learning_rate(1024) == pytest.approx(1e-3 / math.sqrt(2))
-    assert schedules.small_data_learning_rate(64) == 5e-4
+    assert schedules.small_data_learning_rate(64) == pytest.approx(1e-3 / math.sqrt(32))
+    assert schedules.small_data_learning_rate(4) == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def explain(plan: Plan, options: TrainOptions, batch_size: str, num_faces: int) 
     """Return the reason for each of the plan's choices, a few words each; `batch_size` is what was asked for."""
     left_over = num_faces - plan.steps_per_epoch * plan.batch_size
     size = "at least" if num_faces >= PAPER_FACES else "under"
-    rate = f"{schedules.PAPER_LEARNING_RATE:g} x sqrt({plan.batch_size} / {schedules.PAPER_BATCH}), at least 5e-4"
+    scaled = f"{schedules.PAPER_LEARNING_RATE:g} x sqrt({plan.batch_size} / {schedules.PAPER_BATCH})"
+    rate = f"{scaled}, at least {schedules.LEAST_LEARNING_RATE:g}"
     warmup = _unless_default(options, "warmup_epochs", f"{options.warmup_epochs:g} epochs, as in the paper")
     is_cut = plan.warmup_steps < math.ceil(options.warmup_epochs * plan.steps_per_epoch)
     return {

@@ -7,7 +7,10 @@ import math
 PAPER_BATCH = 2048
 PAPER_LEARNING_RATE = 1e-3  # at that batch
 PAPER_EMA_GAP = 0.004  # 1 - .996
-MIN_FORGETTING_STEPS = 20  # the EMA gap times the steps: at most e^(-20/2) of the initial target remains
+LEAST_LEARNING_RATE = 1e-4
+LATE_STEPS = 5_000  # in runs of so many steps the target follows late; measured on 460 to 1,400
+LATE_GAP_STEPS = 4.5  # the EMA gap at the end times the steps: e^(-4.5/2) of the initial target remains
+FORGETTING_GAP_STEPS = 20  # in longer runs, the gap at the start times the steps: at most e^(-20/2) remains
 MAX_EMA_GAP = 0.05
 
 
@@ -33,19 +36,22 @@ def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int, f
 
 
 def small_data_learning_rate(batch_size: int) -> float:
-    """Return the peak learning rate for small data: square-root scaling from 1e-3 at 2,048, not under 5e-4."""
-    return max(5e-4, PAPER_LEARNING_RATE * math.sqrt(batch_size / PAPER_BATCH))
+    """Return the peak learning rate for small data: square-root scaling from 1e-3 at 2,048, not under 1e-4."""
+    return max(LEAST_LEARNING_RATE, PAPER_LEARNING_RATE * math.sqrt(batch_size / PAPER_BATCH))
 
 
-def small_data_ema_start(batch_size: int, total_steps: int) -> float:
-    """Return where the EMA momentum starts so that short runs forget their initial target.
+def small_data_ema(batch_size: int, total_steps: int) -> tuple[float, float]:
+    """Return START and END of the EMA momentum for small data.
 
-    With a linear schedule from START to 1 the initial target's share after all steps is about
-    exp(-(1 - START) * total_steps / 2). So the gap 1 - START is at least 20 / total_steps, which leaves e^-10; the
-    gap is capped at .05, which is reached by runs under 400 steps.
+    A linear schedule whose gaps to 1 sum up to s leaves the share e^-s of the initial target in the last one. Up to
+    5,000 steps START is 1 and END 1 - 4.5 / total_steps: the target stays as it began while the source learns, follows
+    in the second half, and keeps a share of about e^-2.25. Longer runs go from 1 - max(.004 B / 2048, 20 / total_steps)
+    to 1, and keep e^-10 or less. Gaps are .05 at most.
 
-    >>> small_data_ema_start(64, 2000)
-    0.99
+    >>> small_data_ema(64, 1500), small_data_ema(64, 20_000)
+    ((1.0, 0.997), (0.999, 1.0))
     """
-    gap = max(PAPER_EMA_GAP * batch_size / PAPER_BATCH, MIN_FORGETTING_STEPS / max(total_steps, 1))
-    return 1 - min(gap, MAX_EMA_GAP)
+    if total_steps <= LATE_STEPS:
+        return 1.0, 1 - min(LATE_GAP_STEPS / max(total_steps, 1), MAX_EMA_GAP)
+    gap = max(PAPER_EMA_GAP * batch_size / PAPER_BATCH, FORGETTING_GAP_STEPS / total_steps)
+    return 1 - min(gap, MAX_EMA_GAP), 1.0

@@ -71,11 +71,12 @@ def parse_ema(text: str) -> tuple[float, float]:
 
 
 def planned_ema(options: Options, batch_size: int, total_steps: int, paper: bool) -> str:
-    """Return `START:END` as asked, or planned: the paper's .996:1, or a start that fits a short run."""
+    """Return `START:END` as asked, or planned: the paper's .996:1, or what fits the length of the run."""
     if options.ema != "auto":
         return options.ema
-    start = 1 - schedules.PAPER_EMA_GAP if paper else schedules.small_data_ema_start(batch_size, total_steps)
-    return f"{start:.6g}:1"
+    paper_ema = 1 - schedules.PAPER_EMA_GAP, 1.0
+    start, end = paper_ema if paper else schedules.small_data_ema(batch_size, total_steps)
+    return f"{start:.6g}:{end:.6g}"
 
 
 def build(options: Options, encoder: ViTEncoder, given: parts.Given) -> MeFEm:

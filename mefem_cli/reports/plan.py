@@ -30,6 +30,7 @@ SMALLER = {"image_size": 128, "backbone": "vit_tiny_patch16_224"}
 BUSY = 0.75  # processes that run on a core already, from which on a trial is disturbed
 SHOWN_LABELS = 6
 NO_OPTIONS = ("crops", "weights", "inputs", "ema_planned", "init_sha256")  # of what config.yaml records
+NO_BREAK = "\N{NO-BREAK SPACE}"  # between an option and its value, which belong on one line
 Row = tuple[str, Any, str]  # name, value, why
 
 
@@ -53,7 +54,9 @@ def print_plan(job: Job) -> None:
         for line in plan["p_source"]:
             print("".join(f"{100 * chance:4.0f}" for chance in line))
     print("\nall options, as resolved\n")
-    print(textwrap.fill(_printable(_typed(plan["options"])), 100, break_on_hyphens=False, break_long_words=False))
+    typed = " ".join(_printable(one).replace(" ", NO_BREAK) for one in _typed(plan["options"]))
+    lines = textwrap.fill(typed, 100, break_on_hyphens=False, break_long_words=False)
+    print(lines.replace(NO_BREAK, " "))
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -82,8 +85,8 @@ def describe(job: Job) -> dict[str, Any]:
     }
 
 
-def _typed(options: dict[str, Any]) -> str:
-    """Return options as they are typed in a shell."""
+def _typed(options: dict[str, Any]) -> list[str]:
+    """Return options as they are typed in a shell, each with its value."""
     words = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -93,7 +96,7 @@ def _typed(options: dict[str, Any]) -> str:
             words.append(flag)
         else:
             words += [f"{flag} {shlex.quote(str(one))}" for one in (value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return words
 
 
 # The data -----------------------------------------------------------------------------------------------------------
@@ -190,18 +193,19 @@ def _tokens(job: Job) -> str:
 
 
 def _ema_reason(job: Job) -> str:
-    """Say where the planned EMA comes from; see schedules.small_data_ema_start."""
+    """Say where the planned EMA comes from; see schedules.small_data_ema."""
     plan = job.plan
     if not job.config["ema_planned"]:
         return "as asked"
     if plan.preset == "paper":
         return "the paper's"
-    steps = max(plan.total_steps, 1)
-    if schedules.MIN_FORGETTING_STEPS / steps > schedules.MAX_EMA_GAP:
-        return f"the gap of a run under {schedules.MIN_FORGETTING_STEPS / schedules.MAX_EMA_GAP:g} steps"
-    if schedules.PAPER_EMA_GAP * plan.batch_size / schedules.PAPER_BATCH > schedules.MIN_FORGETTING_STEPS / steps:
+    if plan.total_steps <= schedules.LATE_STEPS:
+        return f"a run under {schedules.LATE_STEPS:,} steps: the target stays, then follows; END is 1 - 4.5 / steps"
+    if schedules.PAPER_EMA_GAP * plan.batch_size / schedules.PAPER_BATCH > (
+        schedules.FORGETTING_GAP_STEPS / plan.total_steps
+    ):
         return f"the paper's gap at batch {plan.batch_size}"
-    return f"1 - {schedules.MIN_FORGETTING_STEPS} / {steps} steps: e^-10 of the first target remains"
+    return f"1 - {schedules.FORGETTING_GAP_STEPS} / {plan.total_steps} steps: e^-10 of the first target remains"
 
 
 def _choice_rows(plan: dict[str, Any]) -> Iterator[Row]:
