@@ -219,7 +219,7 @@ class Embedding:
 
     def _writer(self, seed: int) -> FeatureWriter:
         record = products.provenance(self.settings, self.crops.inputs(), seed, str(self.device))
-        record |= {"model": self.model, "preprocessing": self.preprocessing}
+        record |= {"model": self.model, "preprocessing": self.preprocessing, "encoder": self.loaded.origin}
         if self.old is not None and JOINED in self.old.provenance:
             record[JOINED] = self.old.provenance[JOINED]
         return FeatureWriter(

@@ -61,8 +61,14 @@ class Loaded:
     name: str  # for people: the run's folder, "farl:FaRL-Base-Patch16-LAIONFace20M-ep16"
     weights: Path | None  # the file whose sha256 identifies it; None: there is none, `details` says why
     spec: str = ""  # as typed after --model
+    options: dict[str, Any] = field(default_factory=dict)  # of the choice, as given or by default
     description: dict[str, Any] = field(default_factory=dict)  # model.json of a run of ours, else empty
     details: dict[str, Any] = field(default_factory=dict)  # JSON: what of the file was taken, and with which options
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What to load to get the same encoder again from anywhere on this machine: spec and options, as JSON."""
+        return {"spec": absolute(self.spec), "options": self.options}
 
 
 def split(spec: str) -> tuple[str, str]:
@@ -84,6 +90,19 @@ def split(spec: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
+def absolute(spec: str) -> str:
+    """Return what is typed after --model with its path made absolute and links followed; other specs as they are.
+
+    >>> absolute("timm:vit_small_patch16_224@random")
+    'timm:vit_small_patch16_224@random'
+    """
+    name, argument = split(spec)
+    before, at, path = argument.rpartition("@") if name == "timm" else ("", "", argument)
+    if not path or not Path(path).exists():
+        return spec
+    return ("" if name == OURS else f"{name}:") + before + at + str(Path(path).resolve())
+
+
 def load(spec: str, encoder: str | None = None, given: parts.Given | None = None) -> Loaded:
     """Load the encoder that is typed after --model, onto the CPU.
 
@@ -96,7 +115,7 @@ def load(spec: str, encoder: str | None = None, given: parts.Given | None = None
     if name != OURS and parts.read_fields(f"{ROOM}.{name}"):
         options = (given or parts.Given({})).build(f"{ROOM}.{name}")
     loaded: Loaded = module.load(argument, encoder, options)
-    loaded.spec = spec
+    loaded.spec, loaded.options = spec, dict(vars(options)) if options is not None else {}
     loaded.encoder.eval().requires_grad_(False)
     return loaded
 

@@ -171,7 +171,14 @@ def efficiency(curves: Mapping[str, Sequence[tuple[float, Interval]]], ylabel: s
             x = [100 * fraction for fraction, _ in ordered]
             low, high = ([getattr(one, side) for _, one in ordered] for side in ("low", "high"))
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.plot(x, [one.value for _, one in ordered], "o-", color=colour, markersize=4, label=_short(name, LONGEST_OF_ONE + 8))
+            axis.plot(
+                x,
+                [one.value for _, one in ordered],
+                "o-",
+                color=colour,
+                markersize=4,
+                label=_short(name, LONGEST_OF_ONE + 8),
+            )
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, place: f"{value:g} %")
         axis.set(xlabel="people to learn from", ylabel=ylabel)
