@@ -7,6 +7,7 @@ transitive, so chains of it could join everything: people are joined nearest fir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from mefem_cli.evaluation.folds import join_rows
 DUPLICATE_COLUMNS = ("sha256", "crop_sha256")  # equal: the same photo
 MAX_BITS = 4
 MAX_PEOPLE = 10  # that likeness may join
+HASH = re.compile("[0-9a-fA-F]{16}")
 BANDS = 5  # by the pigeonhole principle, hashes that differ in 4 bits agree in one of 5 bands
 SET_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 TWIN_COSINE = 0.995  # of features standardised over all faces; measured: copies lie above, even of weak encoders
@@ -52,16 +54,8 @@ def cluster(ids: np.ndarray, people: np.ndarray, meta: Mapping[str, np.ndarray])
 
 def parse_hashes(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows (m,) that have a hash of 16 hex digits, and the hashes (m,) uint64."""
-    rows, hashes = [], []
-    for row, text in enumerate(texts):
-        try:
-            value = int(text, 16) if isinstance(text, str) and len(text) == 16 else -1
-        except ValueError:
-            continue
-        if value >= 0:
-            rows.append(row)
-            hashes.append(value)
-    return np.array(rows, int), np.array(hashes, np.uint64)
+    rows = [row for row, cell in enumerate(texts) if HASH.fullmatch(str(cell))]
+    return np.array(rows, int), np.array([int(texts[row], 16) for row in rows], np.uint64)
 
 
 def similar_pairs(

@@ -23,7 +23,7 @@ from mefem_cli.evaluation.evaluate import (
 from mefem_cli.evaluation.heads import choose_pairs, chosen_heads
 from mefem_cli.evaluation.options import ProbeOptions
 from mefem_cli.evaluation.pair import StorePair
-from mefem_cli.evaluation.problem import Problem, ask, make_problem
+from mefem_cli.evaluation.problem import Problem, ask, make_problem, with_fraction
 from mefem_cli.evaluation.score import Difference, Mean, Score, Subgroup, mean_over_subgroups, mean_over_targets
 from mefem_cli.stores.features import FeatureStore
 
@@ -83,6 +83,9 @@ class Job:
             problems += [_on_shared_faces(stores, asked, name, options, seed, limit, notes) for name in targets]
             if asked[0].has_mean and len(targets) > 1:
                 averaged[task] = targets
+        for problem, *_ in problems:
+            for fraction in options.fractions[:1]:  # the smallest: too few people should not be found out late
+                with_fraction(problem, fraction)
         found = [note for several in problems for problem in several for note in problem.notes]
         notes = list(dict.fromkeys([*notes, *found]))
         return cls(stores, problems, pairs, options, seed, notes, averaged)
