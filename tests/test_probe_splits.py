@@ -323,6 +323,7 @@ def test_similar_pairs_are_those_that_a_slow_search_finds(hashes, random):
     every = np.array(hashes + near, dtype=np.uint64)
     first, second, distance = duplicates.similar_pairs((np.arange(len(every)), every))
     found = {}
+    assert len({*zip(first.tolist(), second.tolist(), strict=True)}) == len(first)
     for one, two, bits in zip(first.tolist(), second.tolist(), distance.tolist(), strict=True):
         assert bin(int(every[one]) ^ int(every[two])).count("1") == bits
         found[tuple(sorted((int(every[one]), int(every[two]))))] = bits
@@ -370,6 +371,14 @@ def test_chains_of_likeness_end(make_store):
     np.testing.assert_array_equal(shuffled.group[:, None] == shuffled.group[None], same)
 
 
+def test_the_nearest_are_joined_first(monkeypatch):
+    monkeypatch.setattr(duplicates, "MAX_PEOPLE", 2)
+    far, middle, near = flip(0, 20, 30, 40, 50), 0, flip(0, 0)  # 4 bits and 1 bit from the middle
+    found = duplicates.cluster(text(*"abc"), text("", "", ""), {"phash": hashed([far, middle, near])})
+    np.testing.assert_array_equal(found.group == found.group[1], [False, True, True])
+    assert (found.num_alike, found.num_refused) == (1, 1)
+
+
 def test_hashes_that_are_none_are_alone():
     meta = {"phash": text("", "zz", "0" * 15, "x" * 16, "0" * 16, "-" + "0" * 15)}
     found = duplicates.cluster(text(*"abcdef"), text(*[""] * 6), meta)
@@ -387,6 +396,7 @@ def test_twins_of_the_encoder_are_counted_and_change_no_fold(make_store):
     features[apart] = features[0]
     assert duplicates.twins(features, group, fold) == 2
     assert duplicates.twins(features, group, np.zeros(120, int)) == 0
+    assert duplicates.twins(features, np.zeros(120, int), fold) == 0  # photos of one person may be alike
 
 
 # As users meet it -----------------------------------------------------------------------------------------------------

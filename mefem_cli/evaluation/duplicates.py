@@ -77,7 +77,9 @@ def similar_pairs(
         key = (hashes >> np.uint64(band * width)) & np.uint64((1 << min(width, 64 - band * width)) - 1)
         pairs += [(rows[one], rows[two], bits) for one, two, bits in _pairs_in_band(key, hashes, max_bits)]
     first, second, distance = (np.concatenate(several) for several in zip(*pairs, strict=True))
-    return first, second, distance
+    first, second = np.minimum(first, second), np.maximum(first, second)
+    _, once = np.unique(np.stack([first, second]), axis=1, return_index=True)  # two hashes may agree in several bands
+    return first[once], second[once], distance[once]
 
 
 def _pairs_in_band(
