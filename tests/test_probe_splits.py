@@ -352,8 +352,9 @@ def test_a_planted_look_alike_shares_the_fold(make_store):
     assert any("1 people have a photo that looks the same as another's" in note for note in problem.notes)
 
 
-def test_chains_of_likeness_end(make_store):
+def test_chains_of_likeness_end(make_store, monkeypatch):
     """60 people, each four bits from the next: without the cap all would be one."""
+    monkeypatch.setattr(duplicates, "MAX_PEOPLE", 10)
     value, values = 0, []
     for person in range(60):
         values += [value, flip(value, 1)]

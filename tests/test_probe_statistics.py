@@ -256,6 +256,12 @@ def test_the_rank_is_that_of_a_finite_sample(count, rank):
     assert conformal.quantile(scores, np.arange(count)) == (rank or np.inf)
 
 
+def test_each_photo_counts_a_share_of_its_person():
+    scores = np.concatenate([np.zeros(50), np.arange(1.0, 19)])  # one person with 50 photos, 18 with one
+    group = np.concatenate([np.zeros(50, int), np.arange(1, 19)])
+    assert conformal.quantile(scores, group) == 17  # 18 of 19 people, the first of whom has 0
+
+
 def test_split_conformal_holds_90_percent_of_new_people():
     """19 people to calibrate on: 18 of 20 ranks hold the new one, 90 % exactly; with the plain quantile it is less."""
     rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from mefem_cli.evaluation.folds import join_rows
 
 DUPLICATE_COLUMNS = ("sha256", "crop_sha256")  # equal: the same photo
 MAX_BITS = 4
-MAX_PEOPLE = 10  # that likeness may join
+MAX_PEOPLE = 50  # that likeness may join: more than the bursts of one photographer, far less than a fold
 HASH = re.compile("[0-9a-fA-F]{16}")
 BANDS = 5  # by the pigeonhole principle, hashes that differ in 4 bits agree in one of 5 bands
 SET_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
