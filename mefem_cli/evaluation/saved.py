@@ -34,7 +34,7 @@ from mefem_cli.stores.features import FeatureStore
 
 FORMAT, VERSION = "mefem-head", 1
 HEADER = "mefem"  # the entry of the safetensors header
-LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of prediction intervals
+LEVELS = ("0.5", "0.8", "0.9", "0.95", "0.99")  # of prediction intervals
 FAR_LEVEL = 0.99  # of held-out training faces lie nearer than the bound
 UNITS = {"bmi": "kg/m2", "age": "years", "age_est": "years", "age_years": "years"}
 KEEPS_FACES = "knn"  # it would be the features of all training faces
@@ -95,9 +95,9 @@ class Head:
         """The distance that 99 % of people held out of the training faces stay under."""
         return float(self.about["far"])
 
-    def half_width(self, level: float) -> float:
+    def half_width(self, level: str) -> float:
         """Return how far a prediction interval reaches, of classes the largest 1 - p in the set; infinite: unknown."""
-        width = self.about["half_widths"][str(level)]
+        width = self.about["half_widths"][level]
         return float("inf") if width is None else float(width)
 
 
@@ -200,8 +200,7 @@ def _inner_folds(problem: Problem) -> np.ndarray:
 def _half_widths(score: Score) -> dict[str, float | None]:
     """Return the split-conformal bound of out-of-fold errors at each level; None where there are too few people."""
     errors, group = conformal.errors(score.predictions), score.predictions.group
-    bounds = {level: conformal.quantile(errors, group, level) for level in LEVELS}
-    return _known({str(level): bound for level, bound in bounds.items()})
+    return _known({level: conformal.quantile(errors, group, float(level)) for level in LEVELS})
 
 
 def _known(numbers: Mapping[str, float]) -> dict[str, float | None]:
@@ -284,4 +283,25 @@ def load(path: Path) -> Head:
         {name.partition("/")[2]: one for name, one in tensors.items() if name.startswith(side)}
         for side in ("state/", "centre/")
     ]
-    return Head(path, about, sides[0], sides[1])
+    head = Head(path, about, sides[0], sides[1])
+    try:
+        _try(head)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, UsageError) as error:
+        raise NoInputError(f"--head {path}: damaged ({type(error).__name__}: {error}); {wanted}") from error
+    return head
+
+
+def _try(head: Head) -> None:
+    """Read a blank face; what is missing in the file or does not fit raises."""
+    about, width = head.about, len(head.centre["mean"])
+    blank = np.zeros((1, 1, width) if "patches" in about["features"] else (1, width), np.float32)
+    if head.predict(blank).shape != ((1, len(head.classes)) if head.classes else (1,)):
+        raise ValueError("predictions of another shape")
+    needed = ("task", "kind", "unit", "model", "preprocessing", "dtype", "crop_rule", "scores", "chosen_among")
+    missing = [name for name in needed if name not in about]
+    if missing:
+        raise KeyError(", ".join(missing))
+    head.distance(blank)
+    [head.half_width(level) for level in LEVELS]
+    about["labels"]["n" if head.classes else "min"] + head.far + len(about["must_not_be_used_for"])
+    about["model"].get("name")
