@@ -204,6 +204,7 @@ def test_one_store_teaches_another_is_tested_on(make_store):
     problem = prepare(pair, "y", options)
     assert problem.num_groups == 40  # subject 1 of one store is not subject 1 of the other
     assert len(problem.train[0]) == 120
+    assert Job.prepare([pair], ["y"], options, limit=50).problems[0][0].fold.tolist() == [0] * 50 + [-1] * 50
     inputs = Job.prepare([pair], ["y"], options).inputs
     assert inputs == {str(store.path): store.sha256 for store in (train, test)}
 
@@ -294,6 +295,16 @@ def test_predictions_for_one_person_are_averaged(make_store):
     assert score.metrics["mae"].value < np.abs(single.output - single.target).mean()
     classes = evaluate(store, "c", options=replace(FAST, aggregate="subject")).predictions
     np.testing.assert_allclose(classes.output.sum(axis=1), 1)
+
+
+def test_averaged_photos_are_of_one_person_in_one_fold(make_store):
+    site = text(*np.arange(120) // 40)
+    store = make_store(site=site, who=make_store("b").labels["subject"])
+    with pytest.raises(UsageError, match="--aggregate site: some of its values hold photos of several people"):
+        prepare(store, "y", replace(FAST, aggregate="site"))
+    del store.labels._stored_names["subject"]
+    assert prepare(store, "y", FAST).num_groups == 120
+    assert prepare(store, "y", replace(FAST, aggregate="who")).num_groups == 60  # it also says who is who
 
 
 def test_photos_of_two_classes_or_nobody_are_not_averaged():

@@ -208,6 +208,31 @@ def test_fairface_shows_both_readings(tmp_path):
     assert interval.low < interval.value < interval.high
 
 
+def test_fairface_has_its_option_on_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    write_fairface(tmp_path / "elsewhere", 60, 30)
+    sources = [f"/photos/{part}/{row + 1}.jpg" for part, count in (("train", 60), ("val", 30)) for row in range(count)]
+    store = write_store(
+        tmp_path / "f.h5", np.random.default_rng(0).normal(size=(90, 3)), {}, {"source": text(*sources)}
+    )
+    words = [
+        "fairface.sex",
+        "--store",
+        str(store.path),
+        "--annotations",
+        str(tmp_path / "elsewhere"),
+        "--head",
+        "linear",
+    ]
+    monkeypatch.setattr(sys, "argv", ["mefem", "probe", *words, "-n"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    stdout, stderr = capsys.readouterr()
+    assert not ended.value.code, stderr
+    assert "fairface.sex" in stdout
+    assert "no effect" not in stderr
+
+
 def test_a_fairface_file_without_its_columns_is_named(tmp_path):
     sources, _ = write_fairface(tmp_path)
     (tmp_path / "fairface_label_val.csv").write_text("file,age\n1,2\n")

@@ -193,9 +193,8 @@ class Job:
         kinds = {features for _, features in self.pairs if "patches" not in features}
         for features in sorted(kinds):
             for store, problem in zip(self.stores, self.problems[0], strict=True):
-                tested = problem.fold >= 0
-                read = read_features(store, features, problem.rows[tested])
-                count = duplicates.twins(read, problem.group[tested], problem.fold[tested])
+                read = read_features(store, features, problem.rows)
+                count = duplicates.twins(read, problem.group, problem.fold)
                 if count:
                     results.notes.append(
                         f"{store.model_name}: by their {features} features {count} faces nearly equal another person's "
@@ -205,6 +204,13 @@ class Job:
 
 def _members(store: FeatureStore) -> list[FeatureStore]:
     return [store.train, store.test] if isinstance(store, StorePair) else [store]
+
+
+def _parts(store: FeatureStore) -> list[np.ndarray]:
+    """Return the ids of a store, of a pair those to learn from and those to test on."""
+    if not isinstance(store, StorePair):
+        return [store.ids]
+    return [store.ids[store.part_of_pair == part] for part in dict.fromkeys(store.part_of_pair)]
 
 
 def _column(store: FeatureStore, name: str) -> np.ndarray:
@@ -225,7 +231,7 @@ def _on_shared_faces(
     """Return the problem of a target for each store, restricted to faces that all of them can use."""
     targets = [_named(one, task, store) for one, store in zip(asked, stores, strict=True)]
     inputs = list(zip(stores, asked, targets, strict=True))
-    chosen = None if limit is None else stores[0].ids[:limit]
+    chosen = None if limit is None else np.concatenate([part[:limit] for part in _parts(stores[0])])
     problems = [make_problem(store, one, target, options, seed, chosen) for store, one, target in inputs]
     shared = problems[0].ids
     for problem in problems[1:]:

@@ -106,10 +106,15 @@ def make_problem(
         used = used[is_in]
         split = split.where(target.rows[used])
     rows, values = target.rows[used], target.values[used]
-    group, about_groups = _groups(store, rows, options.group, asked.people)
-    photos_of = None
+    photos_of, people = None, asked.people
     if options.aggregate:
-        photos_of = _photos_of(splits.column(store, options.aggregate, "--aggregate")[rows])
+        averaged = splits.column(store, options.aggregate, "--aggregate")
+        photos_of = _photos_of(averaged[rows])
+        if people is None and not any(known in store.labels for known in GROUP_LABELS):
+            people = averaged  # photos of one person must not be on both sides
+    group, about_groups = _groups(store, rows, options.group, people)
+    if photos_of is not None:
+        _refuse_several_people(options, photos_of, group)
     notes = [*asked.notes, *target.notes, *about_groups, *notes]
     problem = Problem(
         target.task,
@@ -190,6 +195,16 @@ def _photos_of(values: np.ndarray) -> np.ndarray:
     missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.asarray(values == "", bool)
     index = np.unique(values.astype(str), return_inverse=True)[1]
     return np.where(missing, index.max() + 1 + np.arange(len(values)), index)
+
+
+def _refuse_several_people(options: ProbeOptions, photos_of: np.ndarray, group: np.ndarray) -> None:
+    """Raise UsageError where photos to be averaged are of several groups, which may lie in different folds."""
+    pairs = np.unique(np.stack([photos_of, group]), axis=1)
+    if pairs.shape[1] > len(np.unique(photos_of)):
+        raise UsageError(
+            f"--aggregate {options.aggregate}: some of its values hold photos of several people; name the label that "
+            "says who is who, or give it to --group too"
+        )
 
 
 def _own_folds(problem: Problem, options: ProbeOptions, split: Split | None, seed: int, notes: list[str]) -> Problem:

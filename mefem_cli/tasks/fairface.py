@@ -9,17 +9,25 @@ split is the folder, train or val; val is what is predicted. Karkkainen and Joo 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mefem_cli.errors import NoInputError
 from mefem_cli.tasks import Faces, Protocol, Values, _files
-from mefem_cli.tasks.celeba import Options as Options  # the same: where the files are
 
 FILES = ("fairface_label_train.csv", "fairface_label_val.csv")
 COLUMNS = ("age", "gender", "race")
 AGES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The files of a data set."""
+
+    annotations: str | None = None  # folder with fairface_label_train.csv and fairface_label_val.csv; default: near the
+    # photos, or the store's own labels age, gender, race
 
 
 def protocol(faces: Faces, options: Options) -> Protocol:
