@@ -1,4 +1,4 @@
-"""`mefem probe --save` and `mefem predict`: the head is scikit-learn's, photos get what a store gives, intervals hold."""
+"""`mefem probe --save`, `mefem predict`: the head is scikit-learn's, photos get what a store gives, intervals hold."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_another_encoder_is_refused_with_both_hashes(work, mefem):
     ours, theirs = (file_sha256(work / name / "model.safetensors") for name in ("run", "other"))
     code, text, said = mefem("predict", "photos", "--head", "bmi.head", "--model", "other")
     assert (code, text) == (4, "")
-    assert ours in said and theirs in said and len(said.splitlines()) == 1
+    assert "is another encoder" in said and ours in said and theirs in said and len(said.splitlines()) == 1
     assert mefem("embed", "crops", "--model", "other", "-o", "other.h5", "-q")[0] == 0
     code, _, said = mefem("predict", "other.h5", "--head", "bmi.head")
     assert code == 4 and ours in said and theirs in said
