@@ -483,7 +483,7 @@ ALLOWED = {
     "objectives": {"masks", "backbones", "engine"} | GROUND,
     "backbones": {"engine", "stores"} | GROUND,
     "probes": {"engine"} | GROUND,
-    "tasks": set(),
+    "tasks": {"stores"},  # tables that come with a data set
     "faces": {"stores", "reports"} | GROUND,
     "evaluation": {"probes", "tasks", "stores", "engine"} | GROUND,
 }
