@@ -181,6 +181,15 @@ def test_fairface_joins_its_files_by_the_end_of_the_path_and_tests_on_val(tmp_pa
     assert "1 faces have an age that is none of the nine classes" in of_store.notes[0]
 
 
+def test_classes_come_in_the_order_of_the_task():
+    """Sorted as text, 3-9 would come last."""
+    ages = ["20-29", "0-2", "3-9", "10-19", "3-9", ""]
+    made = load_task(faces([""] * 6, age=text(*ages), gender=text(*"mfmfmf"), race=text(*"wwwwww")), "fairface.age")
+    (target,) = made.targets
+    assert target.classes == ("0-2", "3-9", "10-19", "20-29")
+    assert [target.classes[one] for one in target.values] == ages[:-1]
+
+
 def test_fairface_shows_both_readings(tmp_path):
     sources, columns = write_fairface(tmp_path)
     rng = np.random.default_rng(1)
