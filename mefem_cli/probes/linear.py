@@ -13,6 +13,7 @@ from mefem_cli.probes import Fitted, Fold, State, mean_log_loss, scaling, softma
 FEATURES = ("cls", "mean", "cls+mean")
 PENALTIES = tuple(10.0 ** (half / 2) for half in range(-4, 13))  # of ridge: 0.01 to 1e6; features are standardised
 STRENGTHS = tuple(10.0 ** (half / 2) for half in range(-10, 3))  # of logistic: 1 / penalty, 1e-5 to 10
+SMALL_WIDTH = 1024  # features
 LOGISTIC_INNER_FOLDS = 3  # of the inner folds, how many a logistic penalty is tried on: each try is a slow fit
 
 
@@ -23,7 +24,13 @@ class Options:
 
 def fit_predict(fold: Fold, options: Options) -> Fitted:
     """Choose the penalty on the inner folds, refit on the whole training fold, predict the test fold."""
-    return _logistic(fold) if fold.num_classes else _ridge(fold)
+    from threadpoolctl import threadpool_limits  # scikit-learn brings it
+
+    if fold.num_classes:
+        return _logistic(fold)
+    # Small matrices: more BLAS threads than one mostly wait for each other, ten times as long on a busy machine.
+    with threadpool_limits(1 if fold.features.shape[1] <= SMALL_WIDTH else None):
+        return _ridge(fold)
 
 
 def _ridge(fold: Fold) -> Fitted:
