@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from mefem_cli import parts, probes
-from mefem_cli.evaluation import bootstrap, covariates, metrics
+from mefem_cli.evaluation import bootstrap, covariates, metrics, streaming
 from mefem_cli.evaluation.heads import choose_pairs
 from mefem_cli.evaluation.metrics import Predictions
 from mefem_cli.evaluation.options import ProbeOptions
 from mefem_cli.evaluation.problem import Problem, prepare, with_fraction
 from mefem_cli.evaluation.score import Difference, Score, Subgroup, baseline_metrics, compare, subgroups
+from mefem_cli.evaluation.streaming import StreamedTokens, open_features
 from mefem_cli.stores.features import FeatureStore
 
 __all__ = [
@@ -61,11 +62,7 @@ def evaluate(
 
 def read_features(store: FeatureStore, features: str, rows: np.ndarray) -> np.ndarray:
     """Return features of some rows in the stored precision: [n, D], `cls+mean` [n, 2 D], with patches [n, T, D]."""
-    kinds = features.split("+")
-    arrays = [store.read_rows(kind, slice(None))[rows] for kind in kinds]
-    if "patches" in kinds:
-        return np.concatenate([one if one.ndim == 3 else one[:, None] for one in arrays], axis=1)
-    return np.concatenate(arrays, axis=1)
+    return streaming.read(store, features.split("+"), rows)
 
 
 def evaluate_head(
@@ -79,13 +76,13 @@ def evaluate_head(
 ) -> Score:
     """Fit a head on each training fold, predict its test fold, and score all predictions together."""
     options = options or ProbeOptions()
-    read = read_features(store, features, problem.rows)
+    read = open_features(store, features, problem.rows, options.max_memory)
     return score_features(store, read, problem, head, features, options, head_options, after_fold)
 
 
 def score_features(
     store: FeatureStore,
-    read: np.ndarray,
+    read: np.ndarray | StreamedTokens,
     problem: Problem,
     head: str,
     features: str,
@@ -136,7 +133,7 @@ class _Fits:
 
 
 def _fit(
-    read: np.ndarray,
+    read: np.ndarray | StreamedTokens,
     problem: Problem,
     module: ModuleType,
     head_options: Any,
@@ -186,7 +183,7 @@ def learning_curve(
     after_fold: AfterFold | None = None,
 ) -> list[Score]:
     """Return the score after learning from each share of the training people, on the same test people."""
-    read = read_features(store, features, problem.rows)
+    read = open_features(store, features, problem.rows, options.max_memory)
     scores = []
     for fraction in fractions:
         less = with_fraction(problem, fraction)
@@ -218,7 +215,7 @@ def permutation_test(
     (Phipson and Smyth 2010).
     """
     module = parts.load("probes", score.head)
-    read = read_features(store, score.features, problem.rows)
+    read = open_features(store, score.features, problem.rows, options.max_memory)
     observed = _values(score.predictions)
 
     def tell() -> None:

@@ -33,6 +33,8 @@ class ProbeOptions:
     by: list[str] = field(default_factory=list)  # also scores for each value of this label (quarters of a number)
     bootstraps: int = 2000  # bootstrap samples of groups behind each 95 % interval
     permute: int = 0  # permutation test: as many times, fit all anew on labels shuffled between people
+    max_memory: float | None = None  # GiB of patch features to hold; where there are more, each batch is read from the
+    # store; default: half of the free memory
     device: str = "auto"  # where attentive and mlp heads are trained: auto, cpu, cuda, cuda:N or mps
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class ProbeOptions:
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise UsageError(f"--{name} {value}: wanted a whole number from {least}")
+        if self.max_memory is not None and not self.max_memory >= 0:
+            raise UsageError(f"--max-memory {self.max_memory}: wanted GiB, a number from 0")
         if self.kind is not None and self.kind not in labels.KINDS:
             raise UsageError(f"--kind {self.kind}: wanted {' or '.join(labels.KINDS)}")
         self._refuse_two_splits()

@@ -20,19 +20,20 @@ from safetensors.numpy import save as serialise
 from mefem_cli import parts, probes
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import conformal
-from mefem_cli.evaluation.evaluate import read_features
 from mefem_cli.evaluation.folds import assign_folds, strata
 from mefem_cli.evaluation.job import Job, Results
 from mefem_cli.evaluation.pair import StorePair
 from mefem_cli.evaluation.problem import INNER_FOLDS, Problem
 from mefem_cli.evaluation.report import SHOWN
 from mefem_cli.evaluation.score import Score
+from mefem_cli.evaluation.streaming import StreamedTokens, open_features
 from mefem_cli.probes import State
 from mefem_cli.stores import product
 from mefem_cli.stores.crops import PROVENANCE
 from mefem_cli.stores.features import FeatureStore
 
 FORMAT, VERSION = "mefem-head", 1
+BLOCK_ROWS = 256  # streamed rows held at once
 HEADER = "mefem"  # the entry of the safetensors header
 LEVELS = ("0.5", "0.8", "0.9", "0.95", "0.99")  # of prediction intervals
 FAR_LEVEL = 0.99  # of held-out training faces lie nearer than the bound
@@ -133,7 +134,7 @@ def save(path: Path, job: Job, results: Results, head_options: Mapping[str, Any]
     """Fit the best head on all faces of the job and write it; return the score it had out of fold."""
     score = best_score(results)
     (store,), ((problem,),) = job.stores, job.problems
-    read = read_features(store, score.features, problem.rows)
+    read = open_features(store, score.features, problem.rows, job.options.max_memory)
     inner = _inner_folds(problem)
     rows = np.arange(len(read))
     fold = probes.Fold(
@@ -221,8 +222,11 @@ def _label_statistics(problem: Problem) -> dict[str, Any]:
 # How far a face lies from those learned from --------------------------------------------------------------------------
 
 
-def _vectors(features: np.ndarray) -> np.ndarray:
+def _vectors(features: np.ndarray | StreamedTokens) -> np.ndarray:
     """Return one vector a face, float64 [m, D]: of tokens their mean."""
+    if isinstance(features, StreamedTokens):
+        parts_of = np.array_split(np.arange(len(features)), 1 + len(features) // BLOCK_ROWS)
+        return np.concatenate([_vectors(features[rows]) for rows in parts_of])
     return features.mean(axis=1, dtype=np.float64) if features.ndim == 3 else features.astype(np.float64)
 
 

@@ -21,7 +21,7 @@ State = Mapping[str, np.ndarray]  # what a fitted head is made of, by name
 class Fold:
     """One fold of a task, as a head sees it."""
 
-    features: np.ndarray  # [N, D], or [N, T, D] where the head takes tokens; float16 or float32
+    features: Any  # array [N, D], or [N, T, D] where the head takes tokens; float16 or float32; tokens may be streamed
     train: np.ndarray  # (n,) int: rows of `features` to learn from
     test: np.ndarray  # (m,) int: rows to predict
     target: np.ndarray  # (n,) float64, or int64 class index; of the training rows only
