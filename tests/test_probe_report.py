@@ -193,6 +193,9 @@ def test_attention_is_drawn_where_it_is():
     shares = np.zeros((2, 2))
     shares[0, 1] = 1.0  # upper right
     drawn = probe_faces.with_heat(pixels, shares).astype(float)
+    even = probe_faces.with_heat(pixels, np.full((2, 2), 0.25)).astype(int)
+    nearly = probe_faces.with_heat(pixels, np.array([[0.24, 0.26], [0.25, 0.25]])).astype(int)
+    assert np.abs(even - nearly).max() < 12  # what is nearly even looks even
     yellowness = drawn[..., 0] - drawn[..., 2]
     assert np.unravel_index(yellowness.argmax(), yellowness.shape)[0] < 80
     assert np.unravel_index(yellowness.argmax(), yellowness.shape)[1] >= 80

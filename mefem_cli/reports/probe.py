@@ -249,8 +249,8 @@ def _classification(score: Score) -> list[str]:
         labels = ("probability of the predicted class", "share of faces predicted right")
     bins = probe_figures.bins(predicted, observed, found.group)
     caption = (
-        "On the dashed line probabilities mean what they say; below it the head is too sure. Expected calibration "
-        f"error {score.calibration['ece']:.3f}."
+        "On the dashed line probabilities mean what they say; a flatter curve: the head is too sure. Expected "
+        f"calibration error {score.calibration['ece']:.3f}."
     )
     return [_figure("Calibration", probe_figures.calibration(bins, *labels, is_share=True), caption)]
 
@@ -329,8 +329,8 @@ def _attention(score: Score, faces: Faces | None) -> Iterator[str]:
     if tiles:
         yield html.tiles(tiles)
         yield (
-            '<p class="soft">Yellow: most, dark blue: least, each face on its own scale. Attention says where values '
-            "were taken from, not why; patches also hold what the encoder gathered from elsewhere.</p>"
+            '<p class="soft">Dark blue: nothing, green: an even share, yellow: twice that or more. Attention says '
+            "where values were taken from, not why; patches also hold what the encoder gathered from elsewhere.</p>"
         )
 
 

@@ -17,6 +17,7 @@ from mefem_cli.stores.features import FeatureStore
 
 SIDE = 160  # px of a picture on the page
 QUALITY = 85
+BRIGHTEST = 2.0  # times an even share of attention
 MOST_AVERAGED = 200  # crops behind the mean attention
 
 
@@ -85,11 +86,13 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def with_heat(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return a crop in grey under its attention [L, L], blue to yellow; the palest patch leaves the crop visible."""
+    """Return a crop in grey under its attention [L, L]: dark blue for none, yellow from twice an even share.
+
+    The scale is the same for all faces, so attention that is nearly even looks even.
+    """
     from matplotlib import colormaps
 
-    span = float(np.ptp(shares)) or 1.0
-    strength = Image.fromarray(((shares - shares.min()) / span).astype(np.float32))
+    strength = Image.fromarray((shares * shares.size / BRIGHTEST).astype(np.float32))
     smooth = np.clip(np.asarray(strength.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)), 0, 1)
     colour = colormaps["viridis"](smooth)[..., :3] * 255
     grey = pixels.mean(axis=2, keepdims=True)

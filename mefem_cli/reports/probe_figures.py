@@ -192,7 +192,8 @@ def heat(shares: np.ndarray) -> str:
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
-        image = axis.imshow(shares * shares.size, cmap="viridis", vmin=0)
+        times_even = shares * shares.size
+        image = axis.imshow(times_even, cmap="viridis", vmin=0, vmax=max(2.0, float(times_even.max())))
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         for spine in axis.spines.values():
