@@ -86,7 +86,7 @@ def split(spec: str) -> tuple[str, str]:
             return OURS, spec
         raise UsageError(f'--model {spec}: there is no encoder "{match[1]}:"{did_you_mean(match[1], known)}')
     if not match[2]:
-        raise UsageError(f"--model {spec}: names no file; type --model {_spec(match[1])}")
+        raise UsageError(f"--model {spec} names no file; type --model {_spec(match[1])}")
     return match[1], match[2]
 
 
@@ -127,10 +127,15 @@ def refuse_source(spec: str, encoder: str | None) -> None:
 
 
 def hint(path: Path, tensors: Mapping[str, torch.Tensor], choice: str = "") -> str:
-    """Return `; it looks like a file of ...` and what to type where tensors look like those of another choice."""
+    """Return `; it looks like a file of ...` and what to type where tensors look like those of another choice.
+
+    `tensors` go by the names in the file. The first choice that recognises them counts: "" if that is `choice`.
+    """
     for name in parts.names(ROOM):
         recognises = getattr(parts.load(ROOM, name), "recognises", None)
-        if name != choice and recognises is not None and recognises(tensors):
+        if recognises is not None and recognises(tensors):
+            if name == choice:
+                return ""
             return f"; it looks like a file of {name}: type --model {_spec(name).replace('PATH', str(path))}"
     return ""
 

@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ PATCH_PROJECTION = "patch_embed.proj.weight"  # every ViT with timm's names has 
 AVERAGED = ("target", "teacher", "ema", "momentum")  # of several encoders in a file the averaged one is taken
 ENDINGS = (".safetensors", ".tar", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face, in the order of preference
+PICKLE, ZIP = b"\x80", b"PK"  # what files of torch begin with
 MAX_NESTING, MAX_TENSORS = 4, 100_000
 SHOWN_NAMES, SHOWN_CHARACTERS = 3, 60
 MAX_GROUPS, REASON_CHARACTERS = 20, 120
@@ -44,16 +45,20 @@ def read_tensors(path: Path, given: str = "") -> Tensors:
     try:
         with path.open("rb") as file:
             head = file.read(9)
+        is_pickle = head[:1] == PICKLE or head[:2] == ZIP
     except OSError as error:
         raise NoInputError(f"{given}{path}: cannot be read ({error.strerror})") from error
+    if not head:
+        raise NoInputError(f"{given}{path}: is empty; get the file again")
     if head[8:] == b"{":
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise NoInputError(
-                f"{given}{path}: cannot be read as safetensors ({_first_line(error)}); it is damaged or cut short"
+                f"{given}{path}: cannot be read as safetensors ({_first_line(error)}); it is damaged or cut short; "
+                "get the file again"
             ) from error
-    content = _load_torch(path, given)
+    content = _load_torch(path, given, is_pickle)
     if not isinstance(content, Mapping):
         raise NoInputError(f"{given}{path}: holds a {type(content).__name__}, not tensors by name")
     tensors = dict(_named_tensors(content))
@@ -62,8 +67,11 @@ def read_tensors(path: Path, given: str = "") -> Tensors:
     return tensors
 
 
-def _load_torch(path: Path, given: str) -> Any:
-    """Return what `torch.save` wrote. A zip is mapped into memory, so only what is used of it takes any."""
+def _load_torch(path: Path, given: str, is_pickle: bool) -> Any:
+    """Return what `torch.save` wrote; `is_pickle`: it begins as such files do.
+
+    A zip is mapped into memory, so only what is used of it takes any.
+    """
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
@@ -72,14 +80,18 @@ def _load_torch(path: Path, given: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except (Exception, MemoryError) as error:  # torch's reader raises whatever a damaged file makes it do
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
+        if refused and is_pickle:  # of a text torch reads letters as if they were instructions
             raise NoInputError(
                 f"{given}{path}: holds {refused[1][:SHOWN_CHARACTERS]} beside tensors; that is not unpickled, as it "
                 "could run code; save its state dict alone, best as .safetensors, and name that file"
             ) from error
         raise NoInputError(
             f"{given}{path}: cannot be read as a safetensors or torch file ({_first_line(error)}); "
-            + ("type --model onnx:PATH for it" if path.suffix == ".onnx" else "it is damaged, cut short or none")
+            + (
+                "type --model onnx:PATH for it"
+                if path.suffix == ".onnx"
+                else "it is damaged, cut short or none; get the file again"
+            )
         ) from error
 
 
@@ -92,7 +104,8 @@ def _refuse_compressed(path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # before that torch explains itself
-    return ascii((text.splitlines() or [type(error).__name__])[0])[1:-1][:REASON_CHARACTERS]
+    first = (text.splitlines() or [type(error).__name__])[0]
+    return ascii(first.partition(". ")[0])[1:-1][:REASON_CHARACTERS]
 
 
 def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -192,16 +205,25 @@ def left_aside(names: Iterable[str], prefix: str = "") -> dict[str, int]:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def load_exactly(network: nn.Module, found: Tensors, path: Path, choice: str, described: str) -> None:
+def load_exactly(
+    network: nn.Module,
+    found: Tensors,
+    path: Path,
+    choice: str,
+    described: str,
+    whole: Tensors | None = None,
+    named: Callable[[str], str] = str,
+) -> None:
     """Make the tensors of a file, cast to float32, those of a network, which may be on the `meta` device.
 
-    Raises NoInputError if one is missing, left over, of another shape or not finite: it says what does not fit what is
-    `described`, and which choice other than `choice` the file looks like.
+    `whole` is all that the file holds, by its own names, where `found` has other names or is a part of it; `named`
+    gives a name of `found` as the file has it. Raises NoInputError if one is missing, left over, of another shape or
+    not finite: it says what does not fit what is `described`, and which choice other than `choice` the file looks like.
     """
     expected = network.state_dict()
-    complaints = misfits(expected, found)
+    complaints = misfits(expected, found, named)
     if complaints:
-        hint = _frozen.hint(path, found, choice)
+        hint = _of_a_run(path) or _frozen.hint(path, found if whole is None else whole, choice)
         raise NoInputError(f"{path}: does not fit {described}{hint} ({complaints})")
     values = {name: one.to(expected[name].dtype, copy=True).contiguous() for name, one in found.items()}
     for name, one in values.items():
@@ -210,16 +232,24 @@ def load_exactly(network: nn.Module, found: Tensors, path: Path, choice: str, de
     network.load_state_dict(values, assign=True)
 
 
-def misfits(expected: Mapping[str, torch.Tensor], found: Tensors) -> str:
-    """Return which tensors are missing, unexpected and of another shape, a few of each and how many; "" if none."""
+def _of_a_run(path: Path) -> str:
+    is_run = path.name in FOLDER_FILES and (path.parent / "model.json").is_file()
+    return f"; it is of a run of mefem: type --model {path.parent}" if is_run else ""
+
+
+def misfits(expected: Mapping[str, torch.Tensor], found: Tensors, named: Callable[[str], str] = str) -> str:
+    """Return which tensors are missing, unexpected and of another shape, a few of each and how many; "" if none.
+
+    They are told as `named` gives their names.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshapen = [name for name in expected if name in found and not fits(found[name], expected[name])]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    said = [f"{len(names)} {kind}: {shown(names)}" for kind, names in kinds.items() if names]
+    said = [f"{len(names)} {kind}: {shown([*map(named, names)])}" for kind, names in kinds.items() if names]
     if misshapen:
         first = misshapen[0]
-        said.append(f"{first} is {list(found[first].shape)}, wanted {list(expected[first].shape)}")
+        said.append(f"{shown_name(named(first))} is {list(found[first].shape)}, wanted {list(expected[first].shape)}")
     return "; ".join(said)
 
 

@@ -78,10 +78,13 @@ class Normalise(nn.Module):
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-def build_as(found: Tensors, path: Path, choice: str, **settings: Any) -> Any:
+def build_as(
+    found: Tensors, path: Path, choice: str, whole: Tensors, named: Callable[[str], str] = str, **settings: Any
+) -> Any:
     """Return a timm VisionTransformer whose sizes are those of tensors with timm's names, and with these tensors.
 
-    `settings` are further arguments of VisionTransformer; `num_heads` is by the width unless it is among them. The
+    `whole` is all that the file holds, by its own names; `named` gives a name of `found` as the file has
+    it. `settings` are further arguments of VisionTransformer; `num_heads` is by the width unless it is among them. The
     image size follows from the positions. Raises NoInputError where tensors are missing, left over or do not fit.
     """
     from timm.models.vision_transformer import VisionTransformer
@@ -96,7 +99,7 @@ def build_as(found: Tensors, path: Path, choice: str, **settings: Any) -> Any:
         )
     network = on_meta(lambda: VisionTransformer(**sizes, num_classes=0, global_pool=""))
     described = f"a {choice} encoder of {sizes['depth']} blocks of {sizes['embed_dim']} features"
-    load_exactly(network, found, path, choice, described)
+    load_exactly(network, found, path, choice, described, whole, named)
     return network
 
 

@@ -81,6 +81,8 @@ def load(argument: str, encoder: str | None, options: Options) -> Loaded:
         renamed(tower),
         path,
         "farl",
+        tensors,
+        lambda name: prefix + clips_name(name),
         pre_norm=True,
         act_layer=QuickGELU,
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPSILON),
@@ -107,6 +109,22 @@ def renamed(tower: Tensors) -> Tensors:
             new = name.replace(RESBLOCK, "blocks.") if name.startswith(RESBLOCK) else name
             found[_OLD_NAMES.sub(lambda match: RENAMED[match[0]], new)] = one
     return found
+
+
+def clips_name(name: str) -> str:
+    """Return the name in a CLIP visual tower of what timm calls `name`.
+
+    >>> clips_name("blocks.3.attn.qkv.bias"), clips_name("norm.weight"), clips_name("norm_pre.bias")
+    ('transformer.resblocks.3.attn.in_proj_bias', 'ln_post.weight', 'ln_pre.bias')
+    """
+    if name in (CLS, POSITIONS):
+        return "class_embedding" if name == CLS else "positional_embedding"
+    beginning = RESBLOCK if name.startswith("blocks.") else ""
+    rest = name.removeprefix("blocks.")
+    for clips, timms in sorted(RENAMED.items(), key=lambda pair: -len(pair[1])):
+        if f".{timms}" in f".{rest}":
+            return beginning + f".{rest}".replace(f".{timms}", f".{clips}", 1)[1:]
+    return beginning + rest
 
 
 _OLD_NAMES = re.compile("|".join(re.escape(name) for name in RENAMED))

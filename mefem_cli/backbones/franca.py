@@ -49,7 +49,7 @@ def load(argument: str, encoder: str | None = None, options: Any = None) -> Load
     prefix = preferred(prefixes(tensors, PATCH_PROJECTION) or [""])
     kept = {name: one for name, one in below(tensors, prefix).items() if not name.startswith((*HEADS, MASK_TOKEN))}
     found = renamed(kept)
-    network = build_as(found, path, "franca", init_values=1e-5, **_swiglu(found))
+    network = build_as(found, path, "franca", tensors, init_values=1e-5, **_swiglu(found))
     preprocessing = Preprocessing(network.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
     frozen = TokenEncoder(network, preprocessing)
     ignored = left_aside((name for name in tensors if name.removeprefix(prefix) not in kept), prefix)

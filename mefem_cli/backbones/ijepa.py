@@ -70,7 +70,7 @@ def load(argument: str, encoder: str | None = None, options: Any = None) -> Load
     else:
         prefix, found, settings = *_from_original(tensors, path, encoder), {}
     epsilon = settings.pop("eps", NORM_EPSILON)
-    network = build_as(found, path, "ijepa", norm_layer=partial(nn.LayerNorm, eps=epsilon), **settings)
+    network = build_as(found, path, "ijepa", tensors, norm_layer=partial(nn.LayerNorm, eps=epsilon), **settings)
     preprocessing = Preprocessing(network.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
     frozen = TokenEncoder(network, preprocessing)
     ignored = left_aside((one for one in tensors if not one.startswith(prefix) or _is_head(one, prefix)), prefix)

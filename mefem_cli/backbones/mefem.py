@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mefem_cli.backbones._frozen import Loaded, Preprocessing, refuse_source
+from mefem_cli.backbones._frozen import Loaded, Preprocessing, hint, refuse_source
 from mefem_cli.backbones._tensors import (
     PATCH_PROJECTION,
     below,
@@ -21,8 +21,10 @@ from mefem_cli.backbones._tensors import (
 )
 from mefem_cli.backbones._tokens import CLS, TokenEncoder, build_as
 from mefem_cli.backbones.vit import IMAGENET_MEAN, IMAGENET_STD
+from mefem_cli.errors import NoInputError
 
 SPEC = "mefem:PATH"
+JEPA_ENCODERS = ("target_encoder.", "encoder.")  # in I-JEPA's own checkpoints
 HEADS = ("head.", "fc_norm.")  # of a classifier; not the encoder's
 
 
@@ -39,8 +41,10 @@ def load(argument: str, encoder: str | None = None, options: Any = None) -> Load
     path = weights_file(Path(argument))
     tensors = read_tensors(path)
     prefix = preferred(prefixes(tensors, PATCH_PROJECTION) or [""])
+    if prefix.startswith(JEPA_ENCODERS):
+        raise NoInputError(f"{path}: has the encoders of I-JEPA{hint(path, tensors, 'mefem')}")
     found = {name: one for name, one in below(tensors, prefix).items() if not name.startswith(HEADS)}
-    network = build_as(found, path, "mefem")
+    network = build_as(found, path, "mefem", tensors)
     preprocessing = Preprocessing(network.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
     frozen = TokenEncoder(network, preprocessing)
     ignored = left_aside((name for name in tensors if name.removeprefix(prefix) not in found), prefix)

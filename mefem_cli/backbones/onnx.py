@@ -191,6 +191,8 @@ class Network:
 
     def _open(self, providers: list[Any]) -> Any:
         onnxruntime = _onnxruntime()
+        if self.path.is_dir():
+            raise NoInputError(f"{self.path} is a folder; name the .onnx file in it")
         if not self.path.is_file():
             raise NoInputError(f"{self.path}: no such file")
         _refuse_external_data(self.path, onnxruntime.__version__)
@@ -201,7 +203,8 @@ class Network:
             return onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # onnxruntime's own, which share no base
             raise NoInputError(
-                f"{self.path}: cannot be read as an ONNX network ({_first_line(error)}){_hint(self.path)}"
+                f"{self.path}: cannot be read as an ONNX network ({_first_line(error)})"
+                + (_hint(self.path) or "; it is damaged, cut short or none; get the file again")
             ) from error
 
 

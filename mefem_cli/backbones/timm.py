@@ -185,7 +185,7 @@ def _load_weights(network: Any, tensors: Tensors, path: Path, name: str) -> dict
         if converted is not None and not misfits(expected, converted):
             found = converted
     found |= {key: one for key, one in expected.items() if key.endswith("num_batches_tracked") and key not in found}
-    load_exactly(network, found, path, "timm", f"timm's {name}")
+    load_exactly(network, found, path, "timm", f"timm's {name}", tensors)
     return left_aside((key for key in tensors if not key.startswith(prefix) or _is_head(key, prefix, heads)), prefix)
 
 
