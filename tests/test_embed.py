@@ -272,10 +272,18 @@ def test_faces_are_aligned_where_the_encoder_wants_it_and_refused_without_keypoi
 
 def test_an_overflow_names_the_crop_its_source_and_what_to_type(work, monkeypatch):
     use(monkeypatch, run=Bright(Preprocessing(64, (0,), (1,)), factor=1e4))
-    with pytest.raises(OutputError, match=r"crop [0-9a-f]{16} \(photos/00\d\d.png\): .*--dtype float32"):
+    with pytest.raises(OutputError, match=r"crop [0-9a-f]{16} \(photos/00\d\d.png\): .*--dtype float32 --overwrite"):
         embed(work)
     assert not (work / "features.h5").exists()
     assert embed(work, dtype="float32", product={"overwrite": True})["crops"] == 30
+
+
+def test_a_run_that_failed_before_its_first_part_holds_nobody_up(work, monkeypatch):
+    use(monkeypatch, run=Bright(Preprocessing(64, (0,), (1,)), factor=1e4))
+    with pytest.raises(OutputError, match="float16"):
+        embed(work)
+    assert not list(feature_parts.folder_of(work / "features.h5").glob("*.npz"))
+    assert embed(work, dtype="float32")["crops"] == 30
 
 
 def test_the_largest_number_of_float16_is_no_overflow(work, monkeypatch):

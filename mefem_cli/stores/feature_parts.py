@@ -168,7 +168,7 @@ def begun(store: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Non
             raise OutputError(f"{store}: another mefem embed writes it now; wait for it or name another -o")
         known = _read_plan(folder)
         if known is not None and known != content:
-            if not overwrite:
+            if not overwrite and any(folder.glob("*.npz")):  # nothing is lost of a run that failed at its first batch
                 changes = product.difference(_flat(known), _flat(content), frozenset({"name"}))
                 raise OutputError(
                     f"{store} was begun differently: {changes}; type --overwrite to throw that away, or another -o"

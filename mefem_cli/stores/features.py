@@ -457,7 +457,7 @@ def refuse_unstorable(name: Callable[[int], str], kind: str, stored: np.ndarray,
         if np.isfinite(largest[row]):
             raise OutputError(
                 f"crop {name(row)}: its {kind} features reach {largest[row]:.3g}, more than {stored.dtype} holds; "
-                "type --dtype float32"
+                "type --dtype float32 --overwrite"
             )
         raise NoInputError(
             f"crop {name(row)}: the encoder gives {kind} features that are not finite; use another encoder"
