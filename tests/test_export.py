@@ -184,6 +184,10 @@ def test_a_run_that_collapsed_is_called_so():
     ]
     assert "**collapsed**" in card.text("x", "timm", "target", {}, {}, rows, [])
     assert "None were recorded" in card.text("x", "timm", "target", {}, {}, [], [])
+    first = {"kind": "epoch", "epoch": 0, "step": 0}
+    untrained = card.text("x", "timm", "target", {}, {}, [first], [])
+    assert "not trained" in untrained and "trained without labels" not in untrained
+    assert "whether anything was learned" not in untrained
 
 
 def test_tensors_that_transformers_lacks_are_named():

@@ -70,7 +70,7 @@ def text(
     blocks = [
         _front_matter(to),
         f"# {name}",
-        f"A face encoder, {description.get('backbone')} with {dim} features at {size} px, trained without labels by "
+        f"A face encoder, {description.get('backbone')} with {dim} features at {size} px, {_trained(metrics)} by "
         f"[mefem](https://pypi.org/project/mefem-cli/) {description.get('provenance', {}).get('mefem', '')} "
         f"({config.get('objective', 'mefem')}). It is the {which} encoder of the run.",
         f"```{language}\n{loading}\n```",
@@ -82,6 +82,11 @@ def text(
         "## Checks\n\n" + "\n".join(f"- {one}" for one in checks),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _trained(metrics: Sequence[Row]) -> str:
+    steps = [row["step"] for row in metrics if isinstance(row.get("step"), int)]
+    return "not trained: as it was before its first step," if steps and not any(steps) else "trained without labels"
 
 
 def _front_matter(to: str) -> str:
@@ -116,6 +121,8 @@ def _metrics(metrics: Sequence[Row]) -> str:
     there = {name: meaning for name, meaning in METRICS.items() if isinstance(last.get(name), int | float)}
     known = [(f"{meaning} (`{name}`)", f"{last[name]:.4g}") for name, meaning in there.items()]
     lead = f"After epoch {last.get('epoch')} (step {last.get('step')}): **{verdict.kind}**. {verdict.meaning}"
+    if not known:
+        return lead
     return f"{lead}\n\n{_table(known)}\n\nThese say whether anything was learned, not how well a label can be read."
 
 
