@@ -112,7 +112,9 @@ def test_commands_shown_in_the_pages_exist_with_their_options(page: Path) -> Non
                 continue
             assert words[0] in main.COMMANDS, line
             module = importlib.import_module(f"mefem_cli.commands.{words[0]}")
-            known = {option.flag for _, options in main.sections(module) for option in options} | {"--help"}
+            offered = [option for _, options in main.sections(module) for option in options]
+            known = {option.flag for option in offered} | {"--help"}
+            known |= {f"--no-{option.flag[2:]}" for option in offered if option.default is True}
             known |= set(main.SHORT_FLAGS.values())
             used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
             assert used <= known, f"{line}: {sorted(used - known)}"
