@@ -20,7 +20,7 @@ from torch import nn
 from mefem_cli import console
 from mefem_cli.backbones import vit
 from mefem_cli.backbones.vit import ViTEncoder
-from mefem_cli.errors import OutputError, UsageError
+from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.reports import card
 from mefem_cli.stores import product
 from mefem_cli.stores.runs import ENCODER_FILES, Run
@@ -70,9 +70,13 @@ class Export:
 def export(path: Path, options: ExportOptions) -> Path:
     """Write the encoder of a run (its folder or one of its .safetensors files); return the folder made.
 
-    Raises UsageError for an encoder that the other library cannot hold or a missing package, OutputError where the
-    folder exists, or where the export gives other features than the run's encoder.
+    Raises NoInputError where there is no run, UsageError for an encoder that the other library cannot hold or a missing
+    package, OutputError where the folder exists, or where the export gives other features than the run's encoder.
     """
+    if not path.exists():
+        raise NoInputError(f"{path}: no such run; mefem pretrain makes one, type its folder")
+    if path.is_file() and not (path.parent / "model.json").is_file():
+        raise NoInputError(f"{path}: not of a run of mefem (no model.json beside it); type the folder of a run")
     encoder, description, weights = vit.load_encoder(path, options.encoder)
     run = weights.resolve().parent
     which = "source" if weights.name == ENCODER_FILES["source"] else "target"

@@ -772,6 +772,13 @@ def test_farl_names_tensors_as_its_file_does(tmp_path):
     assert f"{beginning}transformer.resblocks.0.mlp.c_fc.bias is [7], wanted [512]" in str(error.value)
 
 
+def test_another_file_of_a_run_leads_to_its_folder(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    path = saved({"a": torch.zeros(9)}, tmp_path / "last.ckpt")
+    with pytest.raises(NoInputError, match=f"not an encoder, but beside one; type --model {tmp_path}"):
+        _frozen.load(str(path))
+
+
 def test_a_runs_folder_behind_a_prefix_is_told(tmp_path):
     save_file({"a": torch.zeros(9)}, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text("{}")

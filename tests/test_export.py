@@ -14,7 +14,7 @@ from synthetic import write_crops, write_run
 
 from mefem_cli import console, exporting, main
 from mefem_cli.backbones import vit
-from mefem_cli.errors import OutputError, UsageError
+from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.exporting import ExportOptions, export
 from mefem_cli.reports import card
 
@@ -232,3 +232,12 @@ def test_the_command(run, tmp_path, monkeypatch, capfd):
     )
     assert typed()[0] == 3  # no runs/latest
     assert typed(str(run), "other")[0] == 2
+
+
+def test_what_is_no_run_is_told_by_its_name(tmp_path):
+    for name, said in {"none": "no such run", "other.safetensors": "not of a run of mefem"}.items():
+        if name != "none":
+            (tmp_path / name).touch()
+        with pytest.raises(NoInputError, match=f"{name}: {said}") as error:
+            exporting.export(tmp_path / name, exporting.ExportOptions())
+        assert "--model" not in str(error.value)

@@ -242,6 +242,8 @@ def load(argument: str, encoder: str | None = None, options: None = None) -> Loa
     """
     path = Path(argument)
     if path.is_file() and not (path.suffix == ".safetensors" and (path.parent / "model.json").is_file()):
+        if (path.parent / "model.json").is_file():
+            raise NoInputError(f"{path}: not an encoder, but beside one; type --model {path.parent}")
         raise NoInputError(f"{path}: not an encoder of a run of mefem (no model.json beside it){_hint(path)}")
     if (
         path.is_file()
