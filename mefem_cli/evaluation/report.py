@@ -229,22 +229,22 @@ def _score_table(scores: list[Score], baselines: list[Score], means: list[Mean])
     for task in dict.fromkeys(score.task for score in scores):
         of_task = [score for score in scores if score.task == task]
         for score in of_task:
-            cells = [_cell(score.metrics[name]) for name in SHOWN[score.kind]]
+            cells = [cell(score.metrics[name]) for name in SHOWN[score.kind]]
             add(score, cells, score.head, score.features, model_title(score, scores))
         if has_targets and len(scores) > MAX_CALIBRATED:
             continue  # the mean says it
         constant = "average" if first.kind == "regression" else "majority"
-        cells = [_number(of_task[0].baseline[name]) for name in SHOWN[first.kind]]
+        cells = [number(of_task[0].baseline[name]) for name in SHOWN[first.kind]]
         add(of_task[0], cells, "baseline", constant, style="dim")
         for score in [one for one in baselines if one.task == task and one.store == of_task[0].store]:
-            cells = [_cell(score.metrics[name]) for name in SHOWN[score.kind]]
+            cells = [cell(score.metrics[name]) for name in SHOWN[score.kind]]
             add(score, cells, "baseline", score.features, style="dim")
         if of_task[0].published:
-            cells = [_number(of_task[0].published.get(name, math.nan)) for name in SHOWN[first.kind]]
+            cells = [number(of_task[0].published.get(name, math.nan)) for name in SHOWN[first.kind]]
             add(of_task[0], cells, "published", "(other splits)", style="dim")
     for mean in means:
         score = mean.scores[0]
-        cells = [_cell(mean.metrics[name]) for name in SHOWN[score.kind]]
+        cells = [cell(mean.metrics[name]) for name in SHOWN[score.kind]]
         target = [f"mean of {mean.count}"] * has_targets
         features = score.features if has_targets else f"{score.features}, mean over {mean.count} {mean.over}"
         model = [model_title(score, scores)] * has_models
@@ -272,7 +272,7 @@ def _calibration_table(scores: list[Score]) -> Table:
     for score in scores:
         found = score.conformal
         numbers = [*score.calibration.values(), found.half_width if is_regression else found.width]
-        cells = [*map(_number, numbers), f"{100 * found.coverage:.1f} %"]
+        cells = [*map(number, numbers), f"{100 * found.coverage:.1f} %"]
         p_value = score.p_values.get(SHOWN[kind][0])
         cells += ["-" if p_value is None else f"{p_value:.3g}"] * has_p
         model = [model_title(score, scores)] * has_models
@@ -289,7 +289,7 @@ def _curve_table(curves: list[Score]) -> Table:
         words = [*[score.task.partition(".")[2]] * has_targets, score.head, score.features]
         words += [model_title(score, curves)] * has_models
         words += [f"{score.fraction:g}", f"{score.num_train:,.0f}"]
-        table.add_row(*words, *(_cell(score.metrics[name]) for name in SHOWN[score.kind]))
+        table.add_row(*words, *(cell(score.metrics[name]) for name in SHOWN[score.kind]))
     return table
 
 
@@ -298,7 +298,7 @@ def _subgroup_table(subgroups: list[Subgroup], scores: list[Score]) -> Table:
     model = f" of {model_title(score, scores)}" if len({one.store for one in scores}) > 1 else ""
     table = _table(f"{score.task} by {by}: {score.head} on {score.features}{model}", [by, "faces"], score.kind)
     for one in subgroups:
-        table.add_row(one.value, f"{len(one.predictions):,}", *(_cell(one.metrics[name]) for name in SHOWN[score.kind]))
+        table.add_row(one.value, f"{len(one.predictions):,}", *(cell(one.metrics[name]) for name in SHOWN[score.kind]))
     return table
 
 
@@ -311,7 +311,7 @@ def _difference_table(differences: list[Difference], scores: list[Score]) -> Tab
     table = _table(f"{first.task}: {minus}, paired", ["head", "features"], first.kind)
     table.add_column("verdict")  # by the first metric shown; JSON has one for each
     for one in differences:
-        cells = [_cell(one.metrics[name], "+") for name in SHOWN[first.kind]]
+        cells = [cell(one.metrics[name], "+") for name in SHOWN[first.kind]]
         table.add_row(one.first.head, one.first.features, *cells, one.verdict(SHOWN[first.kind][0]))
     return table
 
@@ -334,12 +334,13 @@ def model_title(score: Score, scores: list[Score]) -> str:
     return score.model if len({one.model for one in scores}) == len(stores) else Path(score.store).stem
 
 
-def _cell(interval: Interval, sign: str = "") -> str:
-    return f"{_number(interval.value, sign)} [{_number(interval.low)}, {_number(interval.high)}]"
+def cell(interval: Interval, sign: str = "") -> str:
+    """Return a value with its interval: 0.412 [0.371, 0.450]."""
+    return f"{number(interval.value, sign)} [{number(interval.low)}, {number(interval.high)}]"
 
 
-def _number(value: float, sign: str = "") -> str:
-    """Three decimals below 10, else four digits: r2 0.412, MAE 12.31."""
+def number(value: float, sign: str = "") -> str:
+    """Return a number with three decimals below 10, else four digits: r2 0.412, MAE 12.31."""
     if not math.isfinite(value):
         return "-"
     value += 0.0 if abs(value) >= 0.0005 else -value  # no "-0.000"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -148,7 +148,7 @@ class Journal:
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror}; name another --out") from error
         with file:
-            if not _lock(file):
+            if not product.lock(file):
                 raise OutputError(f"another mefem crop is at work in {out}; wait or name another --out")
             try:
                 yield
@@ -176,18 +176,6 @@ def _joined(batches: list[pa.RecordBatch], path: Path) -> pa.Table:
     if batches and batches[0].schema != JOURNAL_SCHEMA:
         raise OutputError(f"{path} was written by another version of mefem; type --overwrite or name another --out")
     return pa.Table.from_batches(batches, schema=JOURNAL_SCHEMA).combine_chunks()
-
-
-def _lock(file: Any) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, the parts are atomic all the same
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

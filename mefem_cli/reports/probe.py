@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mefem_cli.console import plural
-from mefem_cli.evaluation.report import SHOWN, TITLES, model_title
+from mefem_cli.evaluation.report import SHOWN, TITLES, cell, model_title, number
 from mefem_cli.evaluation.saved import UNITS
 from mefem_cli.reports import curves, html, probe_figures
 from mefem_cli.reports.probe_faces import Faces, jpeg, with_heat
@@ -125,8 +125,8 @@ def _overview(scores: Sequence[Score], results: Results) -> Iterator[str]:
     baseline = scores[0].baseline
     lines = [(_name(one, scores), one) for one in scores]
     lines += [("baseline: age and sex alone", one) for one in results.baselines if one.task == scores[0].task][:1]
-    rows = [[name, *(_cell(one.metrics[metric]) for metric in shown)] for name, one in lines]
-    rows.append(["baseline: " + _constant(kind), *(_number(baseline[name]) for name in shown)])
+    rows = [[name, *(cell(one.metrics[metric]) for metric in shown)] for name, one in lines]
+    rows.append(["baseline: " + _constant(kind), *(number(baseline[name]) for name in shown)])
     yield _numbers(["head", *(f"{TITLES[name]} [95 %]" for name in shown)], rows)
     yield html.paragraph(" ".join(METRICS_IN_WORDS[name] for name in shown))
     colours = {store: number for number, store in enumerate(dict.fromkeys(one.store for one in scores))}
@@ -167,7 +167,7 @@ def _differences(results: Results, task: str) -> Iterator[str]:
     yield _numbers(
         ["first minus second", *(f"{TITLES[name]} [95 %]" for name in shown), "verdict on the first"],
         [
-            [name, *(_cell(one.metrics[metric], "+") for metric in shown), one.verdict(shown[0])]
+            [name, *(cell(one.metrics[metric], "+") for metric in shown), one.verdict(shown[0])]
             for name, one in zip(names, found, strict=True)
         ],
     )
@@ -192,7 +192,7 @@ def _pair(one: Difference, scores: list[Score]) -> str:
 def _details(score: Score, scores: Sequence[Score], results: Results, faces: Faces | None, is_open: bool) -> str:
     """Return everything about one score, folded up unless `is_open`."""
     shown = SHOWN[score.kind]
-    values = ", ".join(f"{TITLES[name]} {_cell(score.metrics[name])}" for name in shown)
+    values = ", ".join(f"{TITLES[name]} {cell(score.metrics[name])}" for name in shown)
     figures = _regression(score) if score.kind == "regression" else _classification(score)
     figures += _subgroups(score, results)
     parts = [_figures(figures)]
@@ -406,14 +406,3 @@ def _figure(title: str, svg: str, caption: str, is_wide: bool = False) -> str:
 
 def _numbers(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="numbers">{html.table(columns, rows)}</div>'
-
-
-def _cell(interval: Interval, sign: str = "") -> str:
-    return f"{_number(interval.value, sign)} [{_number(interval.low)}, {_number(interval.high)}]"
-
-
-def _number(value: float, sign: str = "") -> str:
-    if not np.isfinite(value):
-        return "-"
-    value += 0.0 if abs(value) >= 0.0005 else -value  # no "-0.000"
-    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.4g}"

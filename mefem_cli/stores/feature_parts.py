@@ -164,7 +164,7 @@ def begun(store: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Non
     content = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(plan))}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
-        if not _lock(file):
+        if not product.lock(file):
             raise OutputError(f"{store}: another mefem embed writes it now; wait for it or name another -o")
         known = _read_plan(folder)
         if known is not None and known != content:
@@ -179,18 +179,6 @@ def begun(store: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Non
             left_by_a_kill.unlink(missing_ok=True)
         product.write_json(folder / PLAN, content)
         yield
-
-
-def _lock(file: Any) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, the parts are atomic all the same
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:

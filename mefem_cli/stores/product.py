@@ -152,3 +152,16 @@ def refuse_existing(path: Path, overwrite: bool, holds: str) -> None:
     if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / holds).exists()):
         raise OutputError(f"{path}: is not what this command makes (no {holds} in it), so it stays; name another -o")
     shutil.rmtree(path)
+
+
+def lock(file: Any) -> bool:
+    """Lock an open file until it is closed; return whether it was free. It does not wait."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, what is written is atomic all the same
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
