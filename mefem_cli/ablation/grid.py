@@ -8,6 +8,11 @@ A grid file is YAML with the keys of `Grid`:
     task: bmi                                             or a list
     seeds: 3
     epochs: 66                                            of the longest rows; all scale in proportion
+    reference: {mask: stripes, width: 3}                  the cell that others are compared with; or a list: each group
+                                                          of rows with its own, groups without one with the first
+
+Beside options a row may have two keys that only the tables read: `group: The mask`, a heading over it and the rows
+below it, and `published: {r2: 0.41}`, what others report of other data. (The probe's own option is `probe.group`.)
 
 Presets are such files. What a flag sets wins over the file, `set` gives way to rows, and rows to vary.
 """
@@ -25,9 +30,20 @@ from mefem_cli.ablation.steps import Assignment
 from mefem_cli.errors import UsageError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
-FILE_KEYS = ("vary", "set", "rows", "task", "seeds", "epochs")
+FILE_KEYS = ("vary", "set", "rows", "task", "seeds", "epochs", "reference")
+TABLE_KEYS = ("group", "published")  # of a row, beside options: they change no result and are in no key
+EXAMPLES = {"--vary": "mask=stripes,quadrants", "--set": "image_size=112", "--reference": '"mask=stripes width=3"'}
 DEFAULT_TASK = "bmi"
 COLUMNS_OF_THEIR_OWN = ("head", "features")  # in the results: not part of a cell's name
+
+
+@dataclass(frozen=True)
+class Row:
+    """Options that belong together, and what the tables say of them."""
+
+    options: Assignment = field(default_factory=dict)
+    group: str = ""  # the heading over it
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value, on other data
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,12 @@ class Grid:
     name: str
     vary: dict[str, list[Any]] = field(default_factory=dict)
     fixed: Assignment = field(default_factory=dict)
-    rows: list[Assignment] = field(default_factory=lambda: [{}])
+    rows: list[Row] = field(default_factory=lambda: [Row()])
     forced: Assignment = field(default_factory=dict)  # set by a flag: wins over rows
     tasks: tuple[str, ...] = (DEFAULT_TASK,)
     seeds: int = 1
     epochs: int | None = None  # of the longest cells
+    references: list[Assignment] = field(default_factory=list)  # cells to compare with; none: the first
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,8 @@ class Cell:
     pretrain: Assignment
     embed: Assignment
     probe: Assignment
+    group: str = ""  # the heading over it in the tables
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value, on other data
 
     @property
     def name(self) -> str:
@@ -117,14 +136,16 @@ def _parse_file(path: Path, name: str) -> Grid:
     if not isinstance(rows, list):
         raise UsageError(f"{path}: `rows` wants a list of options, such as `- {{mask: stripes, width: 3}}`")
     try:
+        tasks = _tasks(content.get("task") or DEFAULT_TASK)
         return Grid(
             name,
             vary={one: _unique(values) for one, values in _parse_table(content, "vary").items()},
             fixed=_parse_table(content, "set"),
-            rows=[_parse_table({"rows": row}, "rows") for row in rows],
-            tasks=_tasks(content.get("task") or DEFAULT_TASK),
+            rows=_under_headings([_parse_row(row, tasks) for row in rows]),
+            tasks=tasks,
             seeds=whole_number("seeds", content.get("seeds", 1)),
             epochs=whole_number("epochs", content["epochs"]) if "epochs" in content else None,
+            references=_parse_references(content.get("reference") or []),
         )
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
@@ -143,6 +164,51 @@ def _parse_table(content: Mapping[str, Any], section: str) -> dict[str, Any]:
         else:
             parsed[name] = steps.parse(name, value)
     return parsed
+
+
+def _parse_row(content: Any, tasks: tuple[str, ...]) -> Row:
+    """Return a row's options, its heading and published values; these are of the grid's task, or each under its own."""
+    if not isinstance(content, Mapping):
+        raise UsageError(f"`rows` wants options with values, such as `width: 3`; given {content!r:.60}")
+    options = {name: value for name, value in content.items() if name not in TABLE_KEYS}
+    group, published = content.get("group") or "", content.get("published") or {}
+    if not isinstance(group, str):
+        raise UsageError(f"`group` wants a heading, such as `group: The mask`; given {group!r:.60}")
+    if not isinstance(published, Mapping):
+        raise UsageError(f"`published` wants metrics with values, such as `published: {{r2: 0.41}}`; {published!r:.60}")
+    by_task = published if any(isinstance(one, Mapping) for one in published.values()) else {tasks[0]: published}
+    if by_task is not published and published and len(tasks) > 1:
+        raise UsageError(f"`published` of a grid with several tasks wants them by task: {{{tasks[0]}: {{r2: 0.41}}}}")
+    values = {str(task): _published(found) for task, found in by_task.items() if found}
+    return Row(_parse_table({"rows": options}, "rows"), group.strip(), values)
+
+
+def _under_headings(rows: list[Row]) -> list[Row]:
+    """Let a heading stand over the rows below it too, up to the next."""
+    heading, found = "", []
+    for row in rows:
+        heading = row.group or heading
+        found.append(replace(row, group=heading))
+    return found
+
+
+def _parse_references(content: Any) -> list[Assignment]:
+    several = content if isinstance(content, list) else [content]
+    return [_parse_table({"reference": one}, "reference") for one in several if one]
+
+
+def _published(values: Any) -> dict[str, float]:
+    from mefem_cli.evaluation import metrics
+
+    known = (*metrics.REGRESSION, *metrics.CLASSIFICATION)
+    if not isinstance(values, Mapping):
+        raise UsageError(f"`published` wants metrics with values under each task; given {values!r:.60}")
+    for metric, value in values.items():
+        if metric not in known:
+            raise UsageError(f'`published`: there is no metric "{metric}"{did_you_mean(str(metric), known)}')
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"`published`: {metric} wants a number; given {value!r:.60}")
+    return {metric: float(value) for metric, value in values.items()}
 
 
 def _tasks(given: Any) -> tuple[str, ...]:
@@ -171,10 +237,16 @@ def parse_set(typed: str) -> tuple[str, Any]:
     return name, steps.parse(name, value)
 
 
+def parse_reference(typed: str) -> Assignment:
+    """Return the options of `--reference "mask=stripes width=3"`, a cell as the tables name it. Raises UsageError."""
+    pairs = [_parse_pair("--reference", word) for word in typed.split()]
+    return {name: steps.parse(name, value) for name, value in pairs}
+
+
 def _parse_pair(flag: str, typed: str) -> tuple[str, str]:
     name, equals, value = typed.partition("=")
     if not equals or not value.strip():
-        wanted = "mask=stripes,quadrants" if flag == "--vary" else "image_size=112"
+        wanted = EXAMPLES[flag]
         raise UsageError(f"{flag} {typed}: wanted option=value, such as {flag} {wanted}")
     return steps.resolve_name(name), value.strip()
 
@@ -196,7 +268,7 @@ def with_flags(
     if epochs is not None and "epochs" in {**vary, **forced}:
         raise UsageError("--epochs and epochs in --vary or --set: give one of them")
     if not forced.keys().isdisjoint(COLUMNS_OF_THEIR_OWN):  # a row's head and features belong together
-        rows = [{name: value for name, value in row.items() if name not in COLUMNS_OF_THEIR_OWN} for row in grid.rows]
+        rows = [replace(row, options=_without_columns(row.options)) for row in grid.rows]
         grid = replace(grid, rows=rows)
     if "epochs" in {**vary, **forced}:
         grid = replace(grid, epochs=None)
@@ -210,6 +282,10 @@ def with_flags(
     )
 
 
+def _without_columns(options: Assignment) -> Assignment:
+    return {name: value for name, value in options.items() if name not in COLUMNS_OF_THEIR_OWN}
+
+
 # Expanding -----------------------------------------------------------------------------------------------------
 
 
@@ -220,18 +296,18 @@ def expand(grid: Grid) -> list[Cell]:
     """
     combinations = [dict(zip(grid.vary, values, strict=True)) for values in itertools.product(*grid.vary.values())]
     assignments = [
-        ({**row, **combination}, {**grid.fixed, **row, **grid.forced, **combination})
+        (row, {**row.options, **combination}, {**grid.fixed, **row.options, **grid.forced, **combination})
         for row in grid.rows
         for combination in combinations
     ]
     default_epochs = steps.options("pretrain")["epochs"].default
-    longest = max(assignment.get("epochs", default_epochs) for _, assignment in assignments)
+    longest = max(assignment.get("epochs", default_epochs) for *_, assignment in assignments)
     cells: dict[str, Cell] = {}
-    for told_apart_by, assignment in assignments:
+    for row, told_apart_by, assignment in assignments:
         if grid.epochs is not None:
             own = assignment.get("epochs", default_epochs)
             assignment = {**assignment, "epochs": max(1, round(own * grid.epochs / longest))}
-        cell = _cell(told_apart_by, assignment)
+        cell = replace(_cell(told_apart_by, assignment), group=row.group, published=row.published)
         cells.setdefault(_identity(cell), cell)
     return _storing_patches_together(list(cells.values()))
 
@@ -243,7 +319,7 @@ def _cell(told_apart_by: Iterable[str], assignment: Assignment) -> Cell:
         for name in told_apart_by
         if name not in COLUMNS_OF_THEIR_OWN and any(name.rpartition(".")[2] in given[step] for step in steps.of(name))
     }
-    return Cell(shown, **given)
+    return Cell(shown, given["pretrain"], given["embed"], given["probe"])
 
 
 def _identity(cell: Cell) -> str:
@@ -262,6 +338,6 @@ def _storing_patches_together(cells: list[Cell]) -> list[Cell]:
 
 def without_effect(grid: Grid, cells: list[Cell]) -> list[str]:
     """Return the options asked for that no cell uses."""
-    asked = {**grid.fixed, **grid.forced, **grid.vary, **{name: None for row in grid.rows for name in row}}
+    asked = {**grid.fixed, **grid.forced, **grid.vary, **{name: None for row in grid.rows for name in row.options}}
     used = {option for cell in cells for step in steps.STEPS for option in getattr(cell, step)}
     return [name for name in asked if name.rpartition(".")[2] not in used and name != "epochs"]
