@@ -7,6 +7,7 @@ after another. Its folder:
     cells/<key>/features-<key>.h5
     cells/<key>/scores-<key>/     what `mefem probe -o` writes
     cells/<key>/*.log             stderr of each step
+    cells/<key>/seconds.jsonl     how long each took
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 from mefem_cli import console
-from mefem_cli.ablation import steps
+from mefem_cli.ablation import steps, timing
 from mefem_cli.ablation.grid import Cell
 from mefem_cli.errors import MefemError, OutputError, Stopped
 
@@ -246,7 +247,9 @@ class Runner:
                 pass_fds=[self._claim],
             )
             self._running.add(process)
+        begun = time.monotonic()
         code = process.wait()
+        timing.note(log, time.monotonic() - begun, code)
         self._running.discard(process)
         return code
 
