@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from synthetic import write_crops
 
-from mefem_cli.ablation import runner
 from mefem_cli.ablation.job import AblateOptions, Job
 from mefem_cli.errors import NoInputError, OutputError, Stopped, UsageError
+from mefem_cli.executors import local, processes
 from mefem_cli.stores.features import FeatureWriter
 from mefem_cli.stores.product import ProductOptions
 
@@ -57,9 +58,10 @@ for word in words:
         print(f"some note\\nmefem {step}: {word} does not work", file=sys.stderr)
         log(int((here / f"{step}{word}").read_text() or 2))
 if step == "pretrain":
+    pause = float((here / "seconds_to_stop").read_text()) if (here / "seconds_to_stop").exists() else 0
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(pause), log(75)))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").touch()
-    signal.signal(signal.SIGTERM, lambda *_: log(75))
     if (here / "slow").exists():
         time.sleep(30)
     time.sleep(seconds)
@@ -94,7 +96,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     with FeatureWriter(folder / "store.h5", {}, 2, has_mean=False) as writer:
         writer.append(["a"], cls=np.ones((1, 2)))
         writer.finish({}, {})
-    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, "-S", "-E", str(folder / "mefem.py")))
+    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, "-S", "-E", str(folder / "mefem.py")))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return folder
 
@@ -185,7 +187,7 @@ def test_a_failed_cell_is_recorded_and_tried_again(crops, stand_in, tmp_path, br
 def test_one_failing_task_leaves_the_others(crops, stand_in, tmp_path):
     (stand_in / "probesubject").touch()
     job = prepare(crops, tmp_path / "out", "width=2", task=["bmi"])
-    job.strands = [runner.Strand(one.folder, one.seed, one.cells, ("subject", "bmi")) for one in job.strands]
+    job.strands = [replace(one, tasks=("subject", "bmi")) for one in job.strands]
     job.grid = type(job.grid)(**{**vars(job.grid), "tasks": ("subject", "bmi")})
     assert job.run()["failed"] == 1
     assert [(row["task"], row["status"][:6]) for row in read_csv(tmp_path / "out")] == [
@@ -205,7 +207,7 @@ def test_jobs_run_side_by_side_with_a_share_of_the_cores_and_a_gpu_each(crops, s
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("MEFEM_PROBE_HEAD", "knn")  # would change scores behind the key's back
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(runner, "cores", lambda: 8)
+    monkeypatch.setattr(local, "cores", lambda: 8)
     (stand_in / "seconds").write_text("0.4")
     job = prepare(crops, tmp_path / "out", "width=2,3,4,5")
     assert (job.jobs, job.gpus) == (2, ["3", "5"])
@@ -277,8 +279,8 @@ def test_overwrite_starts_anew_but_removes_nothing_else(crops, stand_in, tmp_pat
 
 def start_driver(stand_in: Path, crops: Path, out: Path) -> subprocess.Popen:
     code = (
-        "import sys; from mefem_cli.ablation import runner; from mefem_cli.ablation.job import *\n"
-        "runner.PROGRAM = (sys.executable, '-S', '-E', sys.argv[1])\n"
+        "import sys; from mefem_cli.executors import processes; from mefem_cli.ablation.job import *\n"
+        "processes.PROGRAM = (sys.executable, '-S', '-E', sys.argv[1])\n"
         "options = AblateOptions(vary=['width=2'], crops=[sys.argv[2]])\n"
         "Job.prepare([], options, {}, ProductOptions(out=sys.argv[3])).run()"
     )
@@ -295,16 +297,27 @@ def test_two_drivers_take_turns(crops, stand_in, tmp_path):
     assert sorted(steps_called(stand_in)) == ["embed", "pretrain", "probe"]
 
 
-def test_a_step_left_behind_by_a_killed_driver_is_waited_for(crops, stand_in, tmp_path, capsys):
-    (stand_in / "seconds").write_text("3")
+def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in, tmp_path, capsys):
+    (stand_in / "slow").touch()
+    (stand_in / "seconds_to_stop").write_text("1")
     driver = start_driver(stand_in, crops, tmp_path / "out")
     while not list(tmp_path.glob("out/cells/*/run/config.yaml")) and driver.poll() is None:
         time.sleep(0.01)
     driver.kill()
     driver.communicate()
+    (stand_in / "slow").unlink()
     prepare(crops, tmp_path / "out", "width=2").run()
     assert "waiting for it" in capsys.readouterr().err
-    assert steps_called(stand_in) == ["pretrain", "embed", "probe"]
+    called = calls(stand_in)
+    assert [(step, code) for step, _, _, _, code, _ in called] == [
+        ("pretrain", 75),
+        ("pretrain", 0),
+        ("embed", 0),
+        ("probe", 0),
+    ]
+    (_, first, _, ended, *_), (_, second, begun, *_), *_ = called
+    assert ("--resume" in first, "--resume" in second) == (False, True)
+    assert begun > ended  # never two in one run
 
 
 @pytest.mark.parametrize(

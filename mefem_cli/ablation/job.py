@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +15,12 @@ from mefem_cli import console, parts
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation import results, steps
 from mefem_cli.ablation.grid import Cell, Grid
-from mefem_cli.ablation.runner import Outcome, Runner, Strand, visible_gpus
+from mefem_cli.ablation.runner import Outcome, Strand, run_strand
 from mefem_cli.engine.plan import make_plan
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import evaluate
+from mefem_cli.executors import OnOptions, open_executor
+from mefem_cli.executors.local import visible_gpus
 from mefem_cli.parts import Given
 from mefem_cli.stores import product as products
 from mefem_cli.stores.crops import Crops
@@ -25,6 +29,7 @@ from mefem_cli.stores.product import ProductOptions
 
 ABLATIONS = Path("ablations")
 RESULTS, TABLE, PROVENANCE, CELLS = "results.csv", "results.md", "provenance.json", "cells"
+LOCK_SECONDS = 0.3  # so often another driver's lock is tried again
 MONITOR_SHARE = 0.05  # of the faces are watched and not trained on, at most
 
 
@@ -88,12 +93,20 @@ class Job:
     crops: Crops
     product: ProductOptions
     out: Path
-    jobs: int
+    where: OnOptions
+    jobs: int | None  # cells at once; None: as many as the cluster has room for
     gpus: list[str]
     strands: list[Strand]
 
     @classmethod
-    def prepare(cls, named: list[str], options: AblateOptions, machine: dict[str, Any], product: ProductOptions) -> Job:
+    def prepare(
+        cls,
+        named: list[str],
+        options: AblateOptions,
+        machine: dict[str, Any],
+        product: ProductOptions,
+        where: OnOptions | None = None,
+    ) -> Job:
         """Read grid and crops and check all that can be checked before training; nothing is written.
 
         Raises UsageError for options, NoInputError where crops or a task's label are missing.
@@ -107,10 +120,11 @@ class Job:
         crops = _open_crops(options.crops, product.limit)
         _check_tasks(crops, grid, cells, product.seed)
         out = Path(product.out) if product.out else ABLATIONS / grid.name
-        gpus = visible_gpus(grid.forced.get("device", "auto"))
-        strands = _strands(cells, list(crops.inputs().values()), grid, product.seed, out)
-        jobs = min(options.jobs or len(gpus) or 1, len(strands))
-        return cls(grid, cells, crops, product, out, jobs, gpus, strands)
+        where = where or OnOptions()
+        strands = _strands(cells, crops, grid, product.seed, out)
+        gpus = visible_gpus(grid.forced.get("device", "auto")) if where.is_local else []
+        jobs = options.jobs or ((len(gpus) or 1) if where.is_local else None)
+        return cls(grid, cells, crops, product, out, where, jobs and min(jobs, len(strands)), gpus, strands)
 
     @property
     def seeds(self) -> list[int]:
@@ -127,11 +141,10 @@ class Job:
         reused = sum(len(strand.cells) for strand in self.strands if strand.is_finished)
         outcomes: list[Outcome] = []
         total = sum(len(strand.cells) for strand in self.strands)
-        self._write_provenance()
-        with (
-            console.progress("ablate", total) as bar,
-            Runner(self.out, self.crops.folders, self.jobs, self.gpus) as runner,
-        ):
+        wants_gpu = self.grid.forced.get("device", "auto") in ("auto", "cuda")
+        executor = open_executor(self.where, self.jobs, self.gpus, wants_gpu)
+        with self._alone(), console.progress("ablate", total) as bar:
+            self._write_provenance()
 
             def take(strand: Strand, found: list[Outcome]) -> None:
                 outcomes.extend(found)
@@ -139,7 +152,8 @@ class Job:
                 _tell(found)
                 bar.advance(len(strand.cells))
 
-            runner.run(self.strands, take)
+            finished_first = sorted(self.strands, key=lambda strand: not strand.is_finished)
+            executor.run(run_strand, finished_first, take)
         ordered = self._ordered(outcomes)
         text = results.to_markdown(self.grid.name, ordered, self.grid.tasks, self.grid.seeds, self._notes())
         products.write_text(self.out / TABLE, text)
@@ -159,11 +173,20 @@ class Job:
             products.refuse_existing(self.out, overwrite=True, holds=CELLS)
         (self.out / CELLS).mkdir(parents=True, exist_ok=True)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder's lock: two drivers would write the tables in turns. Waits for the other one."""
+        with (self.out / ".lock").open("a") as file:
+            if not products.lock(file):
+                console.note(f"another mefem ablate is at work in {self.out}; waiting for it ...")
+                while not products.lock(file):
+                    time.sleep(LOCK_SECONDS)
+            yield
+
     def _ordered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Sort by cell, seed and task, so that the tables do not depend on what finished first."""
-        place = {id(cell): number for number, cell in enumerate(self.cells)}
         tasks = ["", *self.grid.tasks]
-        return sorted(outcomes, key=lambda one: (place[id(one.cell)], one.seed, tasks.index(one.task)))
+        return sorted(outcomes, key=lambda one: (self.cells.index(one.cell), one.seed, tasks.index(one.task)))
 
     def _write_provenance(self) -> None:
         options = {**asdict(self.grid), "jobs": self.jobs}
@@ -278,14 +301,17 @@ def _check_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int) -> None
             evaluate.prepare(faces, task, options, seed)
 
 
-def _strands(cells: list[Cell], manifests: list[str], grid: Grid, seed: int, out: Path) -> list[Strand]:
+def _strands(cells: list[Cell], crops: Crops, grid: Grid, seed: int, out: Path) -> list[Strand]:
     """Group cells by their pretraining; all cells of the first seed come first, so that a whole table is early."""
+    manifests = list(crops.inputs().values())
+    folders = tuple(str(folder.absolute()) for folder in crops.folders)
+    at = out.absolute() / CELLS
     strands = []
     for number in range(seed, seed + grid.seeds):
         groups: dict[str, list[Cell]] = {}
         for cell in cells:
             groups.setdefault(cell.pretrain_key(manifests, number), []).append(cell)
-        strands += [Strand(out / CELLS / key, number, tuple(group), grid.tasks) for key, group in groups.items()]
+        strands += [Strand(at / key, number, tuple(group), grid.tasks, folders) for key, group in groups.items()]
     return strands
 
 

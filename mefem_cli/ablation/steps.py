@@ -120,11 +120,17 @@ def split(assignment: Assignment) -> dict[str, Assignment]:
     features = probe.get("features")
     heads = heads_of(probe.get("head", "default"), features, embed.get("patches", False))
     probe["head"] = ",".join(heads)
-    if any("patches" in (features or _features_of(head)[0]) for head in heads):
+    if reads_patches(probe):
         embed["patches"] = True
     return {
         step: {name: given[step][name] for name in used(step, given[step]) if name in given[step]} for step in STEPS
     }
+
+
+def reads_patches(probe: Assignment) -> bool:
+    """Return whether a head of a probe, named one by one, reads the features of patches."""
+    features = probe.get("features")
+    return any("patches" in (features or _features_of(head)[0]) for head in probe["head"].split(","))
 
 
 def used(step: str, given: Assignment) -> dict[str, Field]:
