@@ -8,6 +8,7 @@ A grid file is YAML with the keys of `Grid`:
     task: bmi                                             or a list
     seeds: 3
     epochs: 66                                            of the longest rows; all scale in proportion
+    model: [runs/a, farl:FaRL.pth]                        given encoders, as in mefem embed: nothing is trained
     reference: {mask: stripes, width: 3}                  the cell that others are compared with; or a list: each group
                                                           of rows with its own, groups without one with the first
 
@@ -20,7 +21,7 @@ Presets are such files. What a flag sets wins over the file, `set` gives way to 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from mefem_cli.ablation.steps import Assignment
 from mefem_cli.errors import UsageError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
-FILE_KEYS = ("vary", "set", "rows", "task", "seeds", "epochs", "reference")
+FILE_KEYS = ("vary", "set", "rows", "task", "seeds", "epochs", "model", "reference")
+GIVEN_GROUP = "Given encoders"  # the heading over them, where others are trained
 TABLE_KEYS = ("group", "published")  # of a row, beside options: they change no result and are in no key
 EXAMPLES = {"--vary": "mask=stripes,quadrants", "--set": "image_size=112", "--reference": '"mask=stripes width=3"'}
 DEFAULT_TASK = "bmi"
@@ -59,6 +61,8 @@ class Grid:
     seeds: int = 1
     epochs: int | None = None  # of the longest cells
     references: list[Assignment] = field(default_factory=list)  # cells to compare with; none: the first
+    models: tuple[str, ...] = ()  # encoders that are given, as typed after --model
+    only_models: bool = False  # it says that nothing is trained
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Cell:
     probe: Assignment
     group: str = ""  # the heading over it in the tables
     published: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value, on other data
+    model: str = ""  # the encoder that is given instead of trained, as typed after --model
 
     @property
     def name(self) -> str:
@@ -83,11 +88,11 @@ class Cell:
 
     def embed_key(self) -> str:
         """Return the key of the features among those of one encoder."""
-        return steps.key(steps.settled("embed", self.embed))
+        return steps.key(steps.settled("embed", self.embed, self.model))
 
     def probe_key(self, task: str) -> str:
         """Return the key of the scores among those of one encoder: stored patches change no other feature."""
-        features = {**steps.settled("embed", self.embed), "patches": None}
+        features = {**steps.settled("embed", self.embed, self.model), "patches": None}
         return steps.key(task, features, steps.settled("probe", self.probe))
 
 
@@ -136,7 +141,7 @@ def _parse_file(path: Path, name: str) -> Grid:
     if not isinstance(rows, list):
         raise UsageError(f"{path}: `rows` wants a list of options, such as `- {{mask: stripes, width: 3}}`")
     try:
-        tasks = _tasks(content.get("task") or DEFAULT_TASK)
+        tasks = _names(content.get("task") or DEFAULT_TASK)
         return Grid(
             name,
             vary={one: _unique(values) for one, values in _parse_table(content, "vary").items()},
@@ -146,6 +151,8 @@ def _parse_file(path: Path, name: str) -> Grid:
             seeds=whole_number("seeds", content.get("seeds", 1)),
             epochs=whole_number("epochs", content["epochs"]) if "epochs" in content else None,
             references=_parse_references(content.get("reference") or []),
+            models=_names(content.get("model") or []),
+            only_models="model" in content,
         )
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
@@ -211,7 +218,7 @@ def _published(values: Any) -> dict[str, float]:
     return {metric: float(value) for metric, value in values.items()}
 
 
-def _tasks(given: Any) -> tuple[str, ...]:
+def _names(given: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(task) for task in (given if isinstance(given, list | tuple) else [given])))
 
 
@@ -239,8 +246,14 @@ def parse_set(typed: str) -> tuple[str, Any]:
 
 def parse_reference(typed: str) -> Assignment:
     """Return the options of `--reference "mask=stripes width=3"`, a cell as the tables name it. Raises UsageError."""
-    pairs = [_parse_pair("--reference", word) for word in typed.split()]
-    return {name: steps.parse(name, value) for name, value in pairs}
+    found: Assignment = {}
+    for word in typed.split():
+        if word.startswith(f"{steps.MODEL}="):
+            found[steps.MODEL] = word.partition("=")[2]
+        else:
+            name, value = _parse_pair("--reference", word)
+            found[name] = steps.parse(name, value)
+    return found
 
 
 def _parse_pair(flag: str, typed: str) -> tuple[str, str]:
@@ -260,9 +273,22 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 
 def with_flags(
-    grid: Grid, vary: dict[str, list[Any]], forced: Assignment, tasks: list[str], seeds: int | None, epochs: int | None
+    grid: Grid,
+    vary: dict[str, list[Any]],
+    forced: Assignment,
+    tasks: list[str],
+    seeds: int | None,
+    epochs: int | None,
+    models: Sequence[str] = (),
 ) -> Grid:
-    """Return the grid as changed by flags. Raises UsageError where two of them contradict each other."""
+    """Return the grid as changed by flags; `models` come behind those of the grid.
+
+    Raises UsageError where two of them contradict each other, or where encoders are wanted and none is named.
+    """
+    if grid.only_models and not [*grid.models, *models]:
+        raise UsageError(
+            f"{grid.name} compares given encoders; name them, such as --model runs/latest --model farl:PATH"
+        )
     for name in vary.keys() & forced.keys():
         raise UsageError(f"--vary {name} and --set {name}: give one of them")
     if epochs is not None and "epochs" in {**vary, **forced}:
@@ -276,9 +302,10 @@ def with_flags(
         grid,
         vary={**{name: values for name, values in grid.vary.items() if name not in forced}, **vary},
         forced=forced,
-        tasks=_tasks(tasks) if tasks else grid.tasks,
+        tasks=_names(tasks) if tasks else grid.tasks,
         seeds=grid.seeds if seeds is None else whole_number("seeds", seeds),
         epochs=grid.epochs if epochs is None else whole_number("epochs", epochs),
+        models=tuple(dict.fromkeys([*grid.models, *models])),
     )
 
 
@@ -292,6 +319,7 @@ def _without_columns(options: Assignment) -> Assignment:
 def expand(grid: Grid) -> list[Cell]:
     """Return the cells in order: rows times the product of what varies, unused options dropped, equal cells merged.
 
+    Given encoders come behind those that are trained; they are alone where no option of a pretraining is asked for.
     Raises UsageError where a head does not take its features.
     """
     combinations = [dict(zip(grid.vary, values, strict=True)) for values in itertools.product(*grid.vary.values())]
@@ -302,35 +330,50 @@ def expand(grid: Grid) -> list[Cell]:
     ]
     default_epochs = steps.options("pretrain")["epochs"].default
     longest = max(assignment.get("epochs", default_epochs) for *_, assignment in assignments)
+    is_training = _is_training(grid)
     cells: dict[str, Cell] = {}
-    for row, told_apart_by, assignment in assignments:
-        if grid.epochs is not None:
-            own = assignment.get("epochs", default_epochs)
-            assignment = {**assignment, "epochs": max(1, round(own * grid.epochs / longest))}
-        cell = replace(_cell(told_apart_by, assignment), group=row.group, published=row.published)
-        cells.setdefault(_identity(cell), cell)
+    for model in [*[""] * is_training, *grid.models]:
+        for row, told_apart_by, assignment in assignments:
+            if grid.epochs is not None and not model:
+                own = assignment.get("epochs", default_epochs)
+                assignment = {**assignment, "epochs": max(1, round(own * grid.epochs / longest))}
+            group = GIVEN_GROUP if model and is_training else row.group
+            cell = replace(_cell(told_apart_by, assignment, model), group=group, published=row.published)
+            cells.setdefault(_identity(cell), cell)
     return _storing_patches_together(list(cells.values()))
 
 
-def _cell(told_apart_by: Iterable[str], assignment: Assignment) -> Cell:
-    given = steps.split(assignment)
-    shown = {
+def _is_training(grid: Grid) -> bool:
+    """Return whether a grid trains encoders: not where some are given and it says or changes nothing of pretraining."""
+    asked = {*grid.fixed, *grid.forced, *grid.vary, *(name for row in grid.rows for name in row.options)}
+    says_how = grid.epochs is not None or any("pretrain" in steps.of(name) for name in asked - steps.SHARED)
+    return not grid.models or (says_how and not grid.only_models)
+
+
+def _cell(told_apart_by: Iterable[str], assignment: Assignment, model: str) -> Cell:
+    given = steps.split(assignment, model)
+    shown = {steps.MODEL: model} if model else {}
+    shown |= {
         name: assignment[name]
         for name in told_apart_by
         if name not in COLUMNS_OF_THEIR_OWN and any(name.rpartition(".")[2] in given[step] for step in steps.of(name))
     }
-    return Cell(shown, given["pretrain"], given["embed"], given["probe"])
+    return Cell(shown, given["pretrain"], given["embed"], given["probe"], model=model)
 
 
 def _identity(cell: Cell) -> str:
-    return steps.key(cell.pretrain_key([], 0), cell.probe_key(""), cell.embed.get("patches", False))
+    return steps.key(_encoder(cell), cell.probe_key(""), cell.embed.get("patches", False))
+
+
+def _encoder(cell: Cell) -> str:
+    return cell.model or cell.pretrain_key([], 0)
 
 
 def _storing_patches_together(cells: list[Cell]) -> list[Cell]:
-    """Let cells of one pretraining share one feature store: if one of them wants patches, all store them."""
+    """Let cells of one encoder share one feature store: if one of them wants patches, all store them."""
 
     def encoder(cell: Cell) -> str:
-        return steps.key(cell.pretrain_key([], 0), {**steps.settled("embed", cell.embed), "patches": None})
+        return steps.key(_encoder(cell), {**steps.settled("embed", cell.embed, cell.model), "patches": None})
 
     wanted = {encoder(cell) for cell in cells if cell.embed.get("patches")}
     return [replace(cell, embed={**cell.embed, "patches": encoder(cell) in wanted}) for cell in cells]

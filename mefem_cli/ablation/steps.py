@@ -28,6 +28,7 @@ CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values a
 # Options that another option's value leaves without effect.
 IGNORED_WITH = {("loss_weight", "uniform"): frozenset({"r0", "sigma"})}
 KEY_DIGITS = 16
+MODEL = "model"  # names a given encoder: no option of a grid, but part of a cell's name
 
 Assignment = dict[str, Any]  # option -> parsed value
 
@@ -67,6 +68,8 @@ def resolve_name(typed: str) -> str:
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
     if step not in STEPS or option not in options(step):
+        if option == MODEL:
+            raise UsageError("encoders are named with --model, in a grid file under `model:`")
         if option in OWNED:
             raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
@@ -104,13 +107,16 @@ def _fields(name: str) -> list[tuple[str, Field]]:
 
 def of(name: str) -> list[str]:
     """Return the steps that an option, by its resolved name, goes to."""
+    if name == MODEL:
+        return ["embed"]
     return [step for step, _ in _fields(name)]
 
 
-def split(assignment: Assignment) -> dict[str, Assignment]:
+def split(assignment: Assignment, model: str = "") -> dict[str, Assignment]:
     """Return for each step the options that it uses; heads are named one by one, and patches stored if they want them.
 
-    Raises UsageError where a head does not take the features asked for.
+    With a `model` there is no pretraining, and its choice has options of its own. Raises UsageError where a head does
+    not take the features asked for.
     """
     given: dict[str, Assignment] = {step: {} for step in STEPS}
     for name, value in assignment.items():
@@ -122,9 +128,8 @@ def split(assignment: Assignment) -> dict[str, Assignment]:
     probe["head"] = ",".join(heads)
     if reads_patches(probe):
         embed["patches"] = True
-    return {
-        step: {name: given[step][name] for name in used(step, given[step]) if name in given[step]} for step in STEPS
-    }
+    wanted = {step: used(step, given[step], model) for step in STEPS if step != "pretrain" or not model}
+    return {step: {name: given[step][name] for name in wanted.get(step, ()) if name in given[step]} for step in STEPS}
 
 
 def reads_patches(probe: Assignment) -> bool:
@@ -133,7 +138,7 @@ def reads_patches(probe: Assignment) -> bool:
     return any("patches" in (features or _features_of(head)[0]) for head in probe["head"].split(","))
 
 
-def used(step: str, given: Assignment) -> dict[str, Field]:
+def used(step: str, given: Assignment, model: str = "") -> dict[str, Field]:
     """Return the options that have an effect in a step, given the others: those of its parts, and of no others."""
     module = importlib.import_module(f"mefem_cli.commands.{step}")
     chosen = {name: given.get(name, option.default) for name, option in options(step).items()}
@@ -143,6 +148,9 @@ def used(step: str, given: Assignment) -> dict[str, Field]:
         if "mask" in _by_name(sources):
             sources.append((f"masks.{chosen['mask']}", "Options"))
         sources += [(f"{room}.{part}", "Options") for room, part in parts.offered(module) if room == "backbones"]
+    if step == "embed" and model:
+        choice = model.partition(":")[0]
+        sources += [(f"{room}.{part}", "Options") for room, part in parts.offered(module) if part == choice]
     if step == "probe":
         sources += [(f"probes.{head}", "Options") for head in chosen["head"].split(",")]
     ignored = {name for (option, value), names in IGNORED_WITH.items() if chosen.get(option) == value for name in names}
@@ -174,9 +182,10 @@ def _features_of(head: str) -> tuple[str, ...]:
     return tuple(parts.read_constant(f"probes.{head}", "FEATURES"))
 
 
-def settled(step: str, given: Assignment) -> Assignment:
+def settled(step: str, given: Assignment, model: str = "") -> Assignment:
     """Return all options that determine what a step makes, defaults filled in."""
-    return {name: given.get(name, option.default) for name, option in used(step, given).items() if name not in FREE}
+    wanted = used(step, given, model)
+    return {name: given.get(name, option.default) for name, option in wanted.items() if name not in FREE}
 
 
 def key(*content: Any) -> str:
