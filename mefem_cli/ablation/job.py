@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from mefem_cli import console, parts
+from mefem_cli.ablation import differences, results, steps, summary, tables
 from mefem_cli.ablation import grid as grids
-from mefem_cli.ablation import results, steps
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
 from mefem_cli.engine.plan import make_plan
@@ -28,7 +28,7 @@ from mefem_cli.stores.features import FeatureStore
 from mefem_cli.stores.product import ProductOptions
 
 ABLATIONS = Path("ablations")
-RESULTS, TABLE, PROVENANCE, CELLS = "results.csv", "results.md", "provenance.json", "cells"
+RESULTS, PROVENANCE, CELLS = "results.csv", "provenance.json", "cells"
 LOCK_SECONDS = 0.3  # so often another driver's lock is tried again
 MONITOR_SHARE = 0.05  # of the faces are watched and not trained on, at most
 
@@ -46,6 +46,8 @@ class AblateOptions:
     features: str | None = None  # features of every cell, as in mefem probe
     seeds: int | None = None  # repetitions of each cell, from --seed on; default: the preset's, else 1
     epochs: int | None = None  # epochs of the longest cells; shorter ones scale in proportion
+    reference: list[str] = field(default_factory=list)  # cell that others are compared with, as "mask=stripes width=3";
+    # several: each group of a preset with its own; default: the preset's, else the first cell
     crops: list[str] = field(default_factory=list)  # crops folder, also several; default: crops/
     jobs: int | None = None  # pretrainings at once; default: one for each GPU, else 1
 
@@ -70,6 +72,8 @@ def read_grid(named: list[str], options: AblateOptions, machine: dict[str, Any])
     flags = {**machine, "head": options.head, "features": options.features}
     forced |= {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
     grid = grids.read_grid(named[0]) if named else Grid("-".join(vary))
+    if options.reference:
+        grid = replace(grid, references=[grids.parse_reference(one) for one in options.reference])
     return grids.with_flags(grid, vary, forced, options.task, options.seeds, options.epochs)
 
 
@@ -113,6 +117,8 @@ class Job:
         """
         grid = read_grid(named, options, machine)
         cells = grids.expand(grid)
+        known = differences.known_references(grid.references, cells, is_typed=bool(options.reference))
+        grid = replace(grid, references=known)
         for cell in cells:
             Given(cell.pretrain).build("engine.plan", "TrainOptions")
         for name in grids.without_effect(grid, cells):
@@ -132,7 +138,7 @@ class Job:
         return [self.product.seed + number for number in range(self.grid.seeds)]
 
     def run(self) -> dict[str, int]:
-        """Run what is not finished; write results.csv after each pretraining's cells, at the end results.md.
+        """Run what is not finished; write results.csv after each pretraining's cells, at the end the tables.
 
         Returns counts: `cells`, `pretrainings` and, of cells times seeds, `failed` and `reused`. Raises NoInputError if
         no cell has a result.
@@ -154,14 +160,14 @@ class Job:
 
             finished_first = sorted(self.strands, key=lambda strand: not strand.is_finished)
             executor.run(run_strand, finished_first, take)
-        ordered = self._ordered(outcomes)
-        text = results.to_markdown(self.grid.name, ordered, self.grid.tasks, self.grid.seeds, self._notes())
-        products.write_text(self.out / TABLE, text)
+            ordered = self._ordered(outcomes)
+            faces = cast(FeatureStore, _LabelledFaces(self.crops))
+            found = summary.write(self.out, self.grid, self.cells, self.strands, ordered, faces, self._notes())
         failures = [outcome for outcome in ordered if outcome.failure]
         if not any(outcome.scores for outcome in ordered):
             raise NoInputError(f"no cell has a result; the first: {failures[0].failure} (all in {self.out / RESULTS})")
         failed = {(outcome.cell.name, outcome.cell.probe_key(""), outcome.seed) for outcome in failures}
-        self._show(ordered)
+        self._show(found)
         return {"cells": len(self.cells), "pretrainings": len(self.strands), "failed": len(failed), "reused": reused}
 
     def _claim_folder(self) -> None:
@@ -217,14 +223,14 @@ class Job:
             f"{len(self.crops)} faces",
         ]
 
-    def _show(self, outcomes: list[Outcome]) -> None:
+    def _show(self, found: list[tables.Table]) -> None:
         """Show a short table on stderr: stdout is for the path."""
         from rich.console import Console
 
         terminal = Console(stderr=True)
         with terminal.capture() as captured:
-            for task in self.grid.tasks:
-                terminal.print(results.to_table(outcomes, task))
+            for table in found[: tables.MOST_ON_TERMINAL]:
+                terminal.print(tables.to_terminal(table))
         console.note(captured.get().rstrip("\n"))
 
     # Dry run ------------------------------------------------------------------------------------------------------

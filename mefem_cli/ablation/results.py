@@ -1,30 +1,23 @@
-"""Outcomes as results.csv (every seed) and results.md (means over seeds with intervals)."""
+"""Outcomes as results.csv, a row for each seed, and as lines of a table: means over the seeds with intervals."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mefem_cli.ablation.grid import Cell, shown_value
+from mefem_cli.ablation.grid import Cell
 from mefem_cli.ablation.runner import Outcome
+from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.stores import product
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SIGNIFICANT_DIGITS = 6
 OK, FAILED = "ok", "failed"
-CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."
-CAPTION_SEEDS = (
-    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
-    "intervals of the mean, from the bootstrap over people (more seeds do not shrink it: all see the same people) and "
-    "the t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
-)
 
 
 @dataclass(frozen=True)
@@ -84,34 +77,46 @@ class Line:
     cell: Cell
     head: str
     features: str
-    num_seeds: int  # that have scores
-    metrics: dict[str, tuple[float, float, float]]  # mean, low, high; empty: it failed
+    seeds: dict[int, dict[str, Any]]  # seed -> its row of scores.json; empty: it failed
+
+    @cached_property
+    def metrics(self) -> dict[str, Interval]:
+        """Each metric's mean over the seeds with its interval."""
+        scores = list(self.seeds.values())
+        names = scores[0]["metrics"] if scores else {}
+        return {name: Interval(*mean_interval([score["metrics"][name] for score in scores])) for name in names}
+
+    def published(self, task: str) -> dict[str, float]:
+        """What others report of other data, metric -> value: of the grid's row, else what the task knows."""
+        known = next(iter(self.seeds.values()), {}).get("published", {})
+        return {**known, **self.cell.published.get(task, {})}
 
 
-def lines_of(outcomes: Sequence[Outcome], task: str) -> list[Line]:
-    """Return the lines of a task's table in the order of the cells; a cell without any score is one empty line."""
-    found: dict[tuple[str, str, str], tuple[Cell, list[dict[str, Any]]]] = {}
+def tasks_of(outcomes: Iterable[Outcome], asked: Iterable[str]) -> list[str]:
+    """Return what was scored, in the order asked for: a task with several targets is one for each of them."""
+    found: dict[str, dict[str, None]] = {task: {} for task in asked}
     for outcome in outcomes:
-        if outcome.task not in ("", task):
+        for score in outcome.scores:
+            found[outcome.task].setdefault(score["task"])
+    return [name for task, names in found.items() for name in names or [task]]
+
+
+def lines_of(outcomes: Iterable[Outcome], task: str) -> list[Line]:
+    """Return the lines of a task's table in the order of the cells; a cell without any score is one empty line."""
+    found: dict[tuple[str, str, str], Line] = {}
+    for outcome in outcomes:
+        if not f"{task}.".startswith(f"{outcome.task}." if outcome.task else ""):
             continue
         if outcome.failure:
-            where = (outcome.cell.name, outcome.cell.probe["head"], outcome.cell.probe.get("features") or "")
-            found.setdefault(where, (outcome.cell, []))
+            head, features = outcome.cell.probe["head"], outcome.cell.probe.get("features") or ""
+            found.setdefault((outcome.cell.name, head, features), Line(outcome.cell, head, features, {}))
         for score in outcome.scores:
-            where = (outcome.cell.name, score["head"], score["features"])
-            seeds = found.setdefault(where, (outcome.cell, []))[1]
-            seeds += [score] if score not in seeds else []
-    scored = {name for (name, _, _), (_, scores) in found.items() if scores}
-    return [
-        Line(cell, head, features, len(scores), _means(scores))
-        for (name, head, features), (cell, scores) in found.items()
-        if scores or name not in scored or features
-    ]
-
-
-def _means(scores: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
-    names = scores[0]["metrics"] if scores else {}
-    return {name: mean_interval([score["metrics"][name] for score in scores]) for name in names}
+            if score["task"] == task:
+                where = (outcome.cell.name, score["head"], score["features"])
+                line = found.setdefault(where, Line(outcome.cell, score["head"], score["features"], {}))
+                line.seeds.setdefault(outcome.seed, score)
+    scored = {line.cell.name for line in found.values() if line.seeds}
+    return [one for one in found.values() if one.seeds or one.cell.name not in scored or one.features]
 
 
 def mean_interval(intervals: list[dict[str, float | None]]) -> tuple[float, float, float]:
@@ -137,82 +142,6 @@ def mean_interval(intervals: list[dict[str, float | None]]) -> tuple[float, floa
     of_seeds = float(stdtrit(count - 1, 0.975)) ** 2 * between / count
     half = math.sqrt(of_people + of_seeds)
     return mean, mean - half, mean + half
-
-
-# Tables --------------------------------------------------------------------------------------------------------
-
-
-def _shown_metrics(lines: list[Line]) -> list[str]:
-    from mefem_cli.evaluation.report import SHOWN
-
-    known = {name for line in lines for name in line.metrics}
-    return [name for names in SHOWN.values() for name in names if name in known]
-
-
-def _cell_text(interval: tuple[float, float, float] | None) -> str:
-    if interval is None or not math.isfinite(interval[0]):
-        return "-"
-    value, low, high = (f"{one + 0.0:.3f}" if abs(one) < 10 else f"{one:.4g}" for one in interval)
-    return f"{value} [{low}, {high}]"
-
-
-def to_table(outcomes: Sequence[Outcome], task: str) -> Table:
-    """Return a short table for a terminal: one metric."""
-    from rich import box
-    from rich.table import Table
-
-    from mefem_cli.evaluation.report import TITLES
-
-    lines = lines_of(outcomes, task)
-    metrics = _shown_metrics(lines)[:1]
-    table = Table(title=task, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("cell", overflow="fold")
-    table.add_column("head")
-    table.add_column("features")
-    for name in metrics:
-        table.add_column(f"{TITLES[name]} [95 %]", justify="right", no_wrap=True)
-    for line in lines:
-        cells = [_cell_text(line.metrics.get(name)) if line.metrics else FAILED for name in metrics]
-        table.add_row(line.cell.name, line.head.replace(",", ", "), line.features, *cells)
-    return table
-
-
-def to_markdown(name: str, outcomes: Sequence[Outcome], tasks: Sequence[str], seeds: int, notes: Sequence[str]) -> str:
-    """Return results.md: for each task a table with a line for each cell, head and kind of features."""
-    parts = [f"# Ablation {name}", CAPTION_ONE_SEED if seeds == 1 else CAPTION_SEEDS]
-    for task in tasks:
-        parts += [f"## {task}", _markdown_table(lines_of(outcomes, task), seeds)]
-    failures = {f"- {row.cell}, seed {row.seed}: {row.status}": None for row in rows_of(outcomes) if row.status != OK}
-    if failures:
-        parts += ["## Failed", "\n".join(failures)]
-    parts += ["## How it was made", "\n".join(f"- {note}" for note in notes)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(lines: list[Line], seeds: int) -> str:
-    from mefem_cli.evaluation.report import TITLES
-
-    metrics = _shown_metrics(lines)
-    names = list(dict.fromkeys(option for line in lines for option in line.cell.shown))
-    header = [*names, *["seeds"] * (seeds > 1), "head", "features", *(f"{TITLES[metric]} [95 %]" for metric in metrics)]
-    body = []
-    for line in lines:
-        shown = [shown_value(line.cell.shown[name]) if name in line.cell.shown else "" for name in names]
-        count = [f"{line.num_seeds} of {seeds}" if line.num_seeds < seeds else str(seeds)] * (seeds > 1)
-        cells = [_cell_text(line.metrics.get(metric)) if line.metrics else FAILED for metric in metrics]
-        body.append([*shown, *count, line.head.replace(",", ", "), line.features, *cells])
-    return _aligned([header, ["-" * 3] * len(header), *body])
-
-
-def _aligned(table: list[list[str]]) -> str:
-    """Return a Markdown table whose source reads as a table too."""
-    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    rule = ["-" * width for width in widths]
-    rows = [table[0], rule, *table[2:]]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
 
 
 def write(folder: Path, rows: Iterable[Row]) -> None:

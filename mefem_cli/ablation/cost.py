@@ -1,0 +1,114 @@
+"""What cells cost: seconds of each step, as the runner timed them, and images seen, from metrics.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mefem_cli.ablation.grid import Cell
+from mefem_cli.ablation.runner import Strand
+from mefem_cli.ablation.timing import read as read_times
+
+METRICS, LOG = "metrics.jsonl", "run.log"
+STAMP = "%Y-%m-%d %H:%M:%S"  # of the lines of run.log
+SESSION = " device "  # in the first line of each session of a run, after its time
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the cells of one name took, means over the seeds; None: not known."""
+
+    name: str
+    pretrain_seconds: float | None
+    images: float | None  # seen in training
+    images_per_second: float | None
+    embed_seconds: float | None
+    probe_seconds: float | None  # of all tasks and heads
+
+
+def costs(cells: Sequence[Cell], strands: Sequence[Strand]) -> list[Cost]:
+    """Return what cells took, those of one name (heads and features of one encoder) together."""
+    return [_cost(name, strands) for name in dict.fromkeys(cell.name for cell in cells)]
+
+
+def _cost(name: str, strands: Sequence[Strand]) -> Cost:
+    found: dict[str, list[float]] = {}
+    for strand in strands:
+        mine = [cell for cell in strand.cells if cell.name == name]
+        if mine:
+            for what, value in _of_strand(strand, mine):
+                found.setdefault(what, []).append(value)
+    means = {what: statistics.fmean(values) for what, values in found.items()}
+    return Cost(name, *(means.get(field.name) for field in fields(Cost)[1:]))
+
+
+def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:
+    times = read_times(strand.folder)
+    pretrain = times.get("pretrain") or _logged_seconds(strand.run / LOG)
+    if pretrain:
+        yield "pretrain_seconds", pretrain
+    rows = _rows(strand.run / METRICS)
+    if rows:
+        yield "images", max(row["samples"] for row in rows)
+        speeds = [row["images_per_second"] for row in rows if row["kind"] == "epoch" and "images_per_second" in row]
+        if speeds:
+            yield "images_per_second", statistics.median(speeds)
+    embedded = {times[strand.store(cell).stem] for cell in cells if strand.store(cell).stem in times}
+    if embedded:
+        yield "embed_seconds", sum(embedded)
+    folders = {strand.scores(cell, task).name for cell in cells for task in strand.tasks}
+    if folders <= times.keys():
+        yield "probe_seconds", sum(times[one] for one in folders)
+
+
+def total_seconds(strands: Sequence[Strand]) -> float:
+    """Return the seconds of all steps of a grid that were timed; steps side by side count each."""
+    return sum(sum(read_times(strand.folder).values()) for strand in strands)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics; none where the file is missing or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if isinstance(row["samples"], int) and row["kind"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _logged_seconds(path: Path) -> float | None:
+    """Return the seconds between the first and last line of each session of a run, without start-up; None: no log.
+
+    For runs that were not timed.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    total, begun, last = 0.0, None, None
+    for line in lines:
+        try:
+            moment = datetime.strptime(line[: len("2026-01-01 00:00:00")], STAMP)
+        except ValueError:
+            continue
+        if begun is None or SESSION in line:
+            total += (last - begun).total_seconds() if begun and last else 0.0
+            begun = moment
+        last = moment
+    return total + (last - begun).total_seconds() if begun and last else None
+
+
+def to_csv(found: Sequence[Cost]) -> str:
+    """Return costs.csv: seconds, images and images per second of each cell; what is not known is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["cell", *(one.name for one in fields(Cost)[1:])])
+    for one in found:
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in astuple(one))
+    return text.getvalue()

@@ -1,0 +1,54 @@
+"""What is written about a grid beside results.csv: tables, pictures, a page; anew each time, from what is there.
+
+`summary.csv` has means, marks, paired differences and published values, a row for each line and metric; `costs.csv`
+seconds and images of each cell; `results.md` and `results.tex` the tables; `report.html` all of it with the figures,
+which are also in `figures/`, scores-<task> and differences-<task> as SVG and PNG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mefem_cli.ablation import cost, differences, reading, results, tables
+from mefem_cli.ablation.grid import Cell, Grid
+from mefem_cli.ablation.reading import Table
+from mefem_cli.ablation.runner import Outcome, Strand
+from mefem_cli.reports import ablation, ablation_figures
+from mefem_cli.stores import product
+from mefem_cli.stores.features import FeatureStore
+
+SUMMARY, COSTS, MARKDOWN, LATEX, REPORT = "summary.csv", "costs.csv", "results.md", "results.tex", "report.html"
+FIGURES = "figures"
+
+
+def write(
+    folder: Path,
+    grid: Grid,
+    cells: Sequence[Cell],
+    strands: Sequence[Strand],
+    outcomes: Sequence[Outcome],
+    faces: FeatureStore,
+    notes: Sequence[str],
+) -> list[Table]:
+    """Write all files and return the tables, one for each task.
+
+    `outcomes` in the order of the tables; `faces` has the ids, labels and columns of the crops, features are not read;
+    `notes` say how it was made.
+    """
+    references = differences.find_references(grid.references, cells)
+    paired = differences.Differences(folder / "cells", strands, faces)
+    found = reading.read(outcomes, grid.tasks, grid.seeds, references, paired)
+    paired.save()
+    costs = cost.costs(cells, strands)
+    failures = tables.failures_of(results.rows_of(outcomes))
+    product.write_text(folder / SUMMARY, reading.to_csv(found))
+    product.write_text(folder / COSTS, cost.to_csv(costs))
+    product.write_text(folder / MARKDOWN, tables.document(grid.name, found, costs, failures, notes))
+    product.write_text(folder / LATEX, tables.to_latex(grid.name, found))
+    drawn = {table.task: ablation_figures.draw(table) for table in found if table.metrics}
+    for task, figures in drawn.items():
+        for kind, figure in figures.items():
+            ablation_figures.save(figure, folder / FIGURES, f"{kind}-{task}")
+    product.write_text(folder / REPORT, ablation.page(grid.name, found, drawn, costs, failures, notes))
+    return found

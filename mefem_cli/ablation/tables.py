@@ -1,0 +1,280 @@
+"""The tables of a grid for a terminal, as Markdown and as LaTeX, in the layout of the paper's ablation table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mefem_cli.ablation import reading, results
+from mefem_cli.ablation.cost import Cost
+from mefem_cli.ablation.grid import shown_value
+from mefem_cli.ablation.reading import BEST, Entry, Group, Table
+from mefem_cli.ablation.results import FAILED
+from mefem_cli.evaluation.bootstrap import Interval
+from mefem_cli.evaluation.report import TITLES, cell, number
+
+if TYPE_CHECKING:
+    import rich.table
+
+REFERENCE, NOTHING = "reference", "-"
+MOST_ON_TERMINAL = 6  # tables: a task may have forty targets
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What stands in one place of a table."""
+
+    text: str
+    interval: str = ""  # behind the text, in brackets
+    mark: str = ""  # `best`, `highest` or `lowest`
+
+    @property
+    def plain(self) -> str:
+        """Everything as one text."""
+        return " ".join(part for part in (self.text, self.interval, self.mark) if part)
+
+
+# Layout -----------------------------------------------------------------------------------------------------------
+
+
+def header(table: Table) -> list[str]:
+    """Return the names of the columns."""
+    metrics = [f"{TITLES[name]} [95 %]" for name in table.metrics]
+    compared = [f"{TITLES[table.metrics[0]]} - reference [95 %]", "verdict"] if table.is_compared else []
+    published = [f"{TITLES[name]} published*" for name in table.published]
+    return [*table.options, *["seeds"] * (table.num_seeds > 1), "head", "features", *metrics, *compared, *published]
+
+
+def num_text_columns(table: Table) -> int:
+    """Return how many columns come before the numbers."""
+    return len(table.options) + (table.num_seeds > 1) + 2
+
+
+def rows(group: Group, table: Table) -> Iterator[list[Content]]:
+    """Yield the rows of a group; the options of one encoder stand once, over the features read from it."""
+    before = ""
+    for entry in group.entries:
+        name = entry.line.cell.name
+        yield [*_options(entry, table, name == before), *_numbers(entry, table)]
+        before = name
+
+
+def _options(entry: Entry, table: Table, is_repeated: bool) -> Iterator[Content]:
+    line = entry.line
+    for name in table.options:
+        is_shown = name in line.cell.shown and not is_repeated
+        yield Content(shown_value(line.cell.shown[name]) if is_shown else "")
+    if table.num_seeds > 1:
+        count = len(line.seeds)
+        yield Content(str(count) if count == table.num_seeds else f"{count} of {table.num_seeds}")
+    yield Content(line.head.replace(",", ", "))
+    yield Content(line.features)
+
+
+def _numbers(entry: Entry, table: Table) -> Iterator[Content]:
+    line = entry.line
+    for name in table.metrics:
+        yield _content(line.metrics.get(name), entry.marks.get(name, "")) if line.seeds else Content(FAILED)
+    if table.is_compared:
+        metric = table.metrics[0]
+        yield Content(REFERENCE) if entry.is_reference else _content(entry.differences.get(metric), sign="+")
+        yield Content(entry.verdict(metric))
+    for name in table.published:
+        yield Content(number(line.published(table.task).get(name, math.nan)))
+
+
+def _content(interval: Interval | None, mark: str = "", sign: str = "") -> Content:
+    if interval is None or not math.isfinite(interval.value):
+        return Content(NOTHING)
+    text, _, brackets = cell(interval, sign).partition(" ")
+    return Content(text, brackets, mark)
+
+
+def captions(table: Table) -> list[str]:
+    """Return what a reader must know to read a table."""
+    found = [reading.CAPTION_ONE_SEED if table.num_seeds == 1 else reading.CAPTION_SEEDS]
+    if any(entry.marks for entry in table.entries):
+        found.append(reading.CAPTION_BEST)
+    if table.is_compared:
+        found.append(reading.CAPTION_DIFFERENCES)
+    if table.published:
+        found.append(f"* {reading.CAPTION_PUBLISHED}")
+    return found
+
+
+# Terminal ---------------------------------------------------------------------------------------------------------
+
+
+def to_terminal(table: Table) -> rich.table.Table:
+    """Return a short table for a terminal: one metric, with its differences."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(title=Text(table.task), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    shown.show_edge = False
+    shown.add_column("", overflow="fold")
+    for name in table.metrics[:1]:
+        shown.add_column(f"{TITLES[name]} [95 %]".replace("[", r"\["), justify="right", no_wrap=True)
+    if table.is_compared:
+        shown.add_column(r"- reference \[95 %]", justify="right", no_wrap=True)
+        shown.add_column("")
+    skipped = num_text_columns(table)
+    for group in table.groups:
+        if group.heading:
+            shown.add_row(Text(group.heading, "bold"))
+        for entry, row in zip(group.entries, rows(group, table), strict=True):
+            numbers = [row[skipped], *row[skipped + len(table.metrics) :][:2]] if table.metrics else []
+            shown_numbers = numbers[: 1 + 2 * table.is_compared]
+            styles = ["bold" if one.mark == BEST else "" for one in shown_numbers]
+            texts = [" ".join(filter(None, (one.text, one.interval))) for one in shown_numbers]
+            shown.add_row(Text(reading.label(entry, group, table)), *map(Text, texts, styles))
+    return shown
+
+
+# Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(table: Table) -> str:
+    """Return a table whose source reads as a table too."""
+    lines = [[_escaped(one) for one in header(table)]]
+    for group in table.groups:
+        if group.heading:
+            lines.append([f"**{_escaped(group.heading)}**", *[""] * (len(lines[0]) - 1)])
+        lines += [[_markdown(content) for content in row] for row in rows(group, table)]
+    return aligned(lines)
+
+
+def _markdown(content: Content) -> str:
+    text = f"**{content.text}**" if content.mark == BEST else _escaped(content.text)
+    return " ".join(part for part in (text, content.interval, content.mark) if part)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Return rows of escaped texts, the header first, as a Markdown table with columns of even width."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [table[0], ["-" * width for width in widths], *table[1:]]
+    return "\n".join(
+        "| " + " | ".join(one.ljust(width) for one, width in zip(row, widths, strict=True)) + " |" for row in lines
+    )
+
+
+def document(
+    name: str, tables: Sequence[Table], costs: Sequence[Cost], failures: Sequence[str], notes: Sequence[str]
+) -> str:
+    """Return results.md: for each task a table and what it says, then failures, cost, and how it was made."""
+    parts = [f"# Ablation {name}"]
+    for table in tables:
+        parts += [f"## {table.task}", to_markdown(table), "\n".join(f"- {one}" for one in reading.findings(table))]
+    parts += ["\n".join(f"- {one}" for one in dict.fromkeys(one for table in tables for one in captions(table)))]
+    if failures:
+        parts += ["## Failed", "\n".join(f"- {one}" for one in failures)]
+    parts += ["## Cost", aligned([COST_HEADER, *cost_rows(costs)]), COST_CAPTION]
+    parts += ["## How it was made", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# Cost -------------------------------------------------------------------------------------------------------------
+
+COST_HEADER = ["cell", "pretraining", "images", "images/s", "embedding", "probing"]
+COST_CAPTION = (
+    "Means over the seeds, heads and features of one encoder together; times of whole processes, which may have shared "
+    "the machine with others. Images are those seen in training. A dash: not recorded."
+)
+
+
+def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
+    """Return the cost of each cell as texts."""
+    return [
+        [
+            one.name,
+            duration(one.pretrain_seconds),
+            _count(one.images),
+            _count(one.images_per_second),
+            duration(one.embed_seconds),
+            duration(one.probe_seconds),
+        ]
+        for one in costs
+    ]
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as people say them: `42 s`, `12 min`, `3.4 h`."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _count(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+# LaTeX ------------------------------------------------------------------------------------------------------------
+
+
+def to_latex(name: str, tables: Sequence[Table]) -> str:
+    r"""Return results.tex: a tabular with booktabs' rules for each task, for `\input{results.tex}`."""
+    parts = [
+        f"% Ablation {_one_line(name)}: made by mefem ablate, rewritten when it runs again.",
+        r"% \usepackage{booktabs} in the preamble, \input{results.tex} where the tables belong.",
+    ]
+    for table in tables:
+        parts += ["", f"% {_one_line(table.task)}", *(f"% {one}" for one in captions(table)), *_tabular(table)]
+    return "\n".join(parts) + "\n"
+
+
+def _tabular(table: Table) -> Iterator[str]:
+    names = header(table)
+    num_texts = num_text_columns(table)
+    yield rf"\begin{{tabular}}{{@{{}}{'l' * num_texts}{'r' * (len(names) - num_texts)}@{{}}}}"
+    yield r"\toprule"
+    yield " & ".join(map(latex, names)) + r" \\"
+    for group in table.groups:
+        yield r"\midrule"
+        if group.heading:
+            yield rf"\multicolumn{{{len(names)}}}{{@{{}}l}}{{\textit{{{latex(group.heading)}}}}} \\"
+        for row in rows(group, table):
+            yield " & ".join(_latex_content(one) for one in row) + r" \\"
+    yield r"\bottomrule"
+    yield r"\end{tabular}"
+
+
+def _latex_content(content: Content) -> str:
+    text = latex(content.text)
+    if content.interval:
+        text = _minus(text)
+        text = rf"\textbf{{{text}}}" if content.mark == BEST else rf"\underline{{{text}}}" if content.mark else text
+        return text + rf" {{\scriptsize {_minus(content.interval)}}}"
+    return text
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "$-$")
+
+
+def latex(text: str) -> str:
+    """Return text as LaTeX prints it."""
+    return "".join(LATEX.get(char, char if char.isprintable() else " ") for char in text)
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def failures_of(rows: Sequence[results.Row]) -> list[str]:
+    """Return one text for each failure."""
+    return list(dict.fromkeys(f"{row.cell}, seed {row.seed}: {row.status}" for row in rows if row.status != results.OK))
