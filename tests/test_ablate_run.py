@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from synthetic import write_crops
 
+from mefem_cli.ablation import runner
 from mefem_cli.ablation.job import AblateOptions, Job
 from mefem_cli.errors import NoInputError, OutputError, Stopped, UsageError
 from mefem_cli.executors import local, processes
@@ -58,8 +59,11 @@ for word in words:
         print(f"some note\\nmefem {step}: {word} does not work", file=sys.stderr)
         log(int((here / f"{step}{word}").read_text() or 2))
 if step == "pretrain":
-    pause = float((here / "seconds_to_stop").read_text()) if (here / "seconds_to_stop").exists() else 0
-    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(pause), log(75)))
+    def stop(*_):
+        while (here / "hold").exists():
+            time.sleep(0.02)
+        log(75)
+    signal.signal(signal.SIGTERM, stop)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").touch()
     if (here / "slow").exists():
@@ -297,17 +301,24 @@ def test_two_drivers_take_turns(crops, stand_in, tmp_path):
     assert sorted(steps_called(stand_in)) == ["embed", "pretrain", "probe"]
 
 
-def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in, tmp_path, capsys):
-    (stand_in / "slow").touch()
-    (stand_in / "seconds_to_stop").write_text("1")
+def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in, tmp_path, monkeypatch):
+    for name in ("slow", "hold"):
+        (stand_in / name).touch()
     driver = start_driver(stand_in, crops, tmp_path / "out")
     while not list(tmp_path.glob("out/cells/*/run/config.yaml")) and driver.poll() is None:
         time.sleep(0.01)
     driver.kill()
     driver.communicate()
     (stand_in / "slow").unlink()
+    told = []
+
+    def note(message):
+        told.append(message)
+        (stand_in / "hold").unlink(missing_ok=True)
+
+    monkeypatch.setattr(runner.console, "note", note)
     prepare(crops, tmp_path / "out", "width=2").run()
-    assert "waiting for it" in capsys.readouterr().err
+    assert "waiting for it" in told[0]
     called = calls(stand_in)
     assert [(step, code) for step, _, _, _, code, _ in called] == [
         ("pretrain", 75),

@@ -12,15 +12,16 @@ from typing import Any, cast
 import numpy as np
 
 from mefem_cli import console, parts
-from mefem_cli.ablation import differences, results, steps, summary, tables
+from mefem_cli.ablation import differences, models, results, steps, summary, tables
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
 from mefem_cli.engine.plan import make_plan
 from mefem_cli.errors import NoInputError, OutputError, UsageError
-from mefem_cli.evaluation import evaluate
-from mefem_cli.executors import OnOptions, open_executor
+from mefem_cli.evaluation import problem
+from mefem_cli.executors import Lost, open_executor
 from mefem_cli.executors.local import visible_gpus
+from mefem_cli.executors.options import OnOptions
 from mefem_cli.parts import Given
 from mefem_cli.stores import product as products
 from mefem_cli.stores.crops import Crops
@@ -42,6 +43,8 @@ class AblateOptions:
     )  # OPTION=A,B,C of pretrain, embed or probe; several: every combination
     set: list[str] = field(default_factory=list)  # OPTION=VALUE for all cells; wins over a preset or file
     task: list[str] = field(default_factory=list)  # what the encoders are scored on; default: the preset's, else bmi
+    model: list[str] = field(default_factory=list)  # a given encoder, as in mefem embed, also several: each is embedded
+    # once and scored as the others; alone where the grid says nothing of pretraining
     head: str | None = None  # heads of every cell, as in mefem probe; default: the preset's, else linear and mlp
     features: str | None = None  # features of every cell, as in mefem probe
     seeds: int | None = None  # repetitions of each cell, from --seed on; default: the preset's, else 1
@@ -49,7 +52,7 @@ class AblateOptions:
     reference: list[str] = field(default_factory=list)  # cell that others are compared with, as "mask=stripes width=3";
     # several: each group of a preset with its own; default: the preset's, else the first cell
     crops: list[str] = field(default_factory=list)  # crops folder, also several; default: crops/
-    jobs: int | None = None  # pretrainings at once; default: one for each GPU, else 1
+    jobs: int | None = None  # pretrainings at once; default: one for each GPU, else 1; on Ray what it has room for
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "jobs"):
@@ -64,17 +67,17 @@ def read_grid(named: list[str], options: AblateOptions, machine: dict[str, Any])
     """
     if len(named) > 1:
         raise UsageError(f"one preset or grid file at a time; given {', '.join(named)}")
-    if not named and not options.vary:
+    if not named and not options.vary and not options.model:
         known = ", ".join(grids.presets())
         raise UsageError(f"name a preset ({known}), a grid file, or --vary, such as --vary mask=stripes,quadrants")
     vary = _once("--vary", [grids.parse_vary(one) for one in options.vary])
     forced = _once("--set", [grids.parse_set(one) for one in options.set])
     flags = {**machine, "head": options.head, "features": options.features}
     forced |= {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
-    grid = grids.read_grid(named[0]) if named else Grid("-".join(vary))
+    grid = grids.read_grid(named[0]) if named else Grid("-".join(vary) or "models")
     if options.reference:
         grid = replace(grid, references=[grids.parse_reference(one) for one in options.reference])
-    return grids.with_flags(grid, vary, forced, options.task, options.seeds, options.epochs)
+    return grids.with_flags(grid, vary, forced, options.task, options.seeds, options.epochs, options.model)
 
 
 def _once(flag: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,11 +123,12 @@ class Job:
         known = differences.known_references(grid.references, cells, is_typed=bool(options.reference))
         grid = replace(grid, references=known)
         for cell in cells:
-            Given(cell.pretrain).build("engine.plan", "TrainOptions")
+            Given(cell.pretrain).build("engine.plan", "TrainOptions")  # raises for values out of range
         for name in grids.without_effect(grid, cells):
             console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
         crops = _open_crops(options.crops, product.limit)
-        _check_tasks(crops, grid, cells, product.seed)
+        may_drop = bool(named) and named[0] in grids.presets() and not options.task
+        grid = replace(grid, tasks=_usable_tasks(crops, grid, cells, product.seed, may_drop))
         out = Path(product.out) if product.out else ABLATIONS / grid.name
         where = where or OnOptions()
         strands = _strands(cells, crops, grid, product.seed, out)
@@ -148,11 +152,12 @@ class Job:
         outcomes: list[Outcome] = []
         total = sum(len(strand.cells) for strand in self.strands)
         wants_gpu = self.grid.forced.get("device", "auto") in ("auto", "cuda")
-        executor = open_executor(self.where, self.jobs, self.gpus, wants_gpu)
         with self._alone(), console.progress("ablate", total) as bar:
             self._write_provenance()
+            executor = open_executor(self.where, self.jobs, self.gpus, wants_gpu, self.out / PROVENANCE)
 
-            def take(strand: Strand, found: list[Outcome]) -> None:
+            def take(strand: Strand, result: list[Outcome] | Lost) -> None:
+                found = _lost(strand, result) if isinstance(result, Lost) else result
                 outcomes.extend(found)
                 results.write(self.out, results.rows_of(self._ordered(outcomes)))
                 _tell(found)
@@ -267,6 +272,8 @@ class Job:
 
     def _num_steps(self, cell: Cell) -> int | None:
         """Return the steps of a pretraining, within a few; None where its options do not fit the faces."""
+        if cell.model:
+            return 0
         options = Given(cell.pretrain).build("engine.plan", "TrainOptions")
         faces = len(self.crops) - min(options.monitor, int(MONITOR_SHARE * len(self.crops)))
         try:
@@ -294,31 +301,70 @@ class _LabelledFaces:
         return len(self.ids)
 
 
-def _check_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int) -> None:
-    """Make the targets and folds of every task once, so that hours of training do not end at a missing label."""
+def _usable_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int, may_drop: bool) -> tuple[str, ...]:
+    """Make the targets and folds of every task once, so that hours of training do not end at a missing label.
+
+    Returns the grid's tasks; where `may_drop`, without those that the crops have no label for, if one is left.
+    """
     faces = cast(FeatureStore, _LabelledFaces(crops))
     names = {option.name for option in parts.read_fields("evaluation.options", "ProbeOptions")} - {"head", "features"}
     distinct = {
         steps.key(chosen): chosen for cell in cells for chosen in [{n: v for n, v in cell.probe.items() if n in names}]
     }
+    lacking: dict[str, NoInputError] = {}
     for chosen in distinct.values():
         options = Given(chosen).build("evaluation.options", "ProbeOptions")
         for task in grid.tasks:
-            evaluate.prepare(faces, task, options, seed)
+            try:
+                asked = problem.ask(faces, task, options.kind)
+            except NoInputError as error:
+                lacking[task] = error
+                continue
+            for target in asked.targets:
+                problem.make_problem(faces, asked, target, options, seed)
+    if lacking and (not may_drop or len(lacking) == len(grid.tasks)):
+        raise next(iter(lacking.values()))
+    for reason in lacking.values():
+        console.warn(f"left out: {reason}")
+    return tuple(task for task in grid.tasks if task not in lacking)
 
 
 def _strands(cells: list[Cell], crops: Crops, grid: Grid, seed: int, out: Path) -> list[Strand]:
-    """Group cells by their pretraining; all cells of the first seed come first, so that a whole table is early."""
+    """Group cells by their encoder; all cells of the first seed come first, so that a whole table is early."""
     manifests = list(crops.inputs().values())
     folders = tuple(str(folder.absolute()) for folder in crops.folders)
     at = out.absolute() / CELLS
+    given = {model: at / steps.key(manifests, models.identity(model)) for model in grid.models}
     strands = []
     for number in range(seed, seed + grid.seeds):
-        groups: dict[str, list[Cell]] = {}
+        groups: dict[tuple[str, Path], list[Cell]] = {}
         for cell in cells:
-            groups.setdefault(cell.pretrain_key(manifests, number), []).append(cell)
-        strands += [Strand(at / key, number, tuple(group), grid.tasks, folders) for key, group in groups.items()]
+            shared = given.get(cell.model)
+            folder = at / cell.pretrain_key(manifests, number) if shared is None else _of_seed(shared, number)
+            groups.setdefault((cell.model, folder), []).append(cell)
+        strands += [
+            Strand(folder, number, tuple(group), grid.tasks, folders, _absolute(model), given.get(model))
+            for (model, folder), group in groups.items()
+        ]
     return strands
+
+
+def _of_seed(shared: Path, seed: int) -> Path:
+    """Return where the scores of a given encoder go, beside the folder with its features."""
+    return shared.with_name(f"{shared.name}-seed{seed}")
+
+
+def _absolute(model: str) -> str:
+    """Return an encoder as it is named from any folder, on any machine that shares the file system."""
+    if not model:
+        return ""
+    from mefem_cli.backbones import _frozen
+
+    return _frozen.absolute(model)
+
+
+def _lost(strand: Strand, result: Lost) -> list[Outcome]:
+    return [Outcome(cell, strand.seed, "", failure=result.reason) for cell in strand.cells]
 
 
 def _tell(outcomes: list[Outcome]) -> None:

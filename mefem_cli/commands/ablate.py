@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ARGUMENT = ("preset", "A preset (table4) or a grid file; default: what --vary and --set say.")
 OPTIONS = (
     "ablation.job:AblateOptions",
+    "executors.options:OnOptions",
     "engine.device:DeviceOptions",
     "stores.product:ProductOptions",
     "console:ConsoleOptions",
@@ -35,7 +36,7 @@ def run(arguments: list[str], given: Given) -> None:
     product = given.build("stores.product", "ProductOptions")
     machine_options = [option.name for option in parts.read_fields("engine.device", "DeviceOptions")]
     machine = {name: given.values[name] for name in [*machine_options, "limit"] if name in given}
-    job = Job.prepare(arguments, options, machine, product)
+    job = Job.prepare(arguments, options, machine, product, given.build("executors.options", "OnOptions"))
     if product.dry_run:
         _print_plan(job)
         return

@@ -11,52 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from mefem_cli.errors import UsageError
+from mefem_cli.executors.options import OnOptions
 
-LOCAL = "local"
 Done = Callable[[Any, Any], None]  # of an item and its result
-
-
-@dataclass(frozen=True)
-class OnOptions:
-    """Where it runs."""
-
-    on: str = LOCAL  # local: this machine; ray: the Ray cluster that this machine belongs to, else one of its own;
-    # ray://HOST:PORT: one through its client port; ray:HOST:PORT: one by its address
-
-    def __post_init__(self) -> None:
-        name, _, address = self.on.partition(":")
-        if self.on in (LOCAL, "ray"):
-            return
-        if name != "ray" or not address.removeprefix("//"):
-            raise UsageError(f"--on {self.on}: wanted local, ray, ray://HOST:PORT or ray:HOST:PORT")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether all runs on this machine, without Ray."""
-        return self.on == LOCAL
-
-
-@dataclass(frozen=True)
-class PartsOptions(OnOptions):
-    """Parts elsewhere."""
-
-    parts: int | None = None  # with --on: cut the work into so many parts; default: one for each machine of the cluster
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parts is not None and self.parts < 1:
-            raise UsageError(f"--parts {self.parts}: wanted 1 or more")
-        if self.parts is not None and self.is_local:
-            raise UsageError(f"--parts {self.parts}: says how to cut work for --on ray; add that")
 
 
 class Launch(Protocol):
     """Runs commands for one item."""
 
-    def __call__(self, words: Sequence[str], log: Any, lock: int | None = None) -> int:
+    def __call__(self, words: Sequence[str], log: Path, lock: int | None = None) -> int:
         """Run `mefem WORDS` to its end and return its exit code; its stderr goes to the file `log`.
 
         `lock`: a file descriptor that the process keeps open, so that a lock on it is held as long as it lives.
@@ -73,21 +39,29 @@ class Executor(Protocol):
     """A place that runs pieces of work."""
 
     def run(self, work: Work, items: Sequence[Any], done: Done) -> None:
-        """Do the work on each item, begun in their order, and call `done` in this thread with each result.
+        """Do the work on each item, begun in their order, and call `done` in this thread with each result or Lost.
 
         On Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP what is at work gets SIGTERM and a minute to save what it has; then
         KeyboardInterrupt or Stopped is raised.
         """
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Instead of a result: the machines that were to do it were lost, again and again."""
+
+    reason: str
+
+
 class Stopping(Exception):
     """The whole is being stopped; this piece of work has no result."""
 
 
-def open_executor(options: OnOptions, jobs: int | None, gpus: Sequence[str], wants_gpu: bool) -> Executor:
+def open_executor(options: OnOptions, jobs: int | None, gpus: Sequence[str], wants_gpu: bool, shared: Path) -> Executor:
     """Return the executor for `--on`, `jobs` pieces of work at once (None: as many as it has room for).
 
-    `gpus` are those of this machine; `wants_gpu`: a piece of work on Ray gets one if the cluster has some.
+    `gpus` are those of this machine; `wants_gpu`: a piece of work on Ray gets one if the cluster has some. `shared` is
+    a file of the product by which all machines of a cluster are asked whether they see it.
     """
     if options.is_local:
         from mefem_cli.executors.local import Local
@@ -95,4 +69,4 @@ def open_executor(options: OnOptions, jobs: int | None, gpus: Sequence[str], wan
         return Local(jobs or len(gpus) or 1, list(gpus))
     from mefem_cli.executors.on_ray import OnRay
 
-    return OnRay(options.on, jobs, wants_gpu)
+    return OnRay(options.on, jobs, wants_gpu, shared)
