@@ -149,13 +149,19 @@ def _is_better(first: Line, second: Line, task: str, metric: str, differences: D
 
 
 def label(entry: Entry, group: Group, table: Table) -> str:
-    """Return a short name for a line: the options that vary in its group, head and features where they vary."""
+    """Return a short name for a line: what varies in its group, options, head and features."""
     cells = [one.line.cell for one in group.entries]
     varying = [name for name in table.options if len({shown_value(one.shown.get(name, "")) for one in cells}) > 1]
     words = [f"{name}={shown_value(value)}" for name, value in entry.line.cell.shown.items() if name in varying]
-    if len({(one.line.head, one.line.features) for one in table.entries}) > 1:
+    if len({reads(one.line) for one in group.entries}) > 1:
         words.append(f"({entry.line.head} on {entry.line.features})" if words else reads(entry.line))
     return " ".join(words) or entry.line.cell.name
+
+
+def title(group: Group, table: Table) -> str:
+    """Return a group's heading, with head and features where they vary in the table but not in the group."""
+    own, all_of = ({reads(one.line) for one in entries} for entries in (group.entries, table.entries))
+    return f"{group.heading}, {own.pop()}" if group.heading and len(own) == 1 < len(all_of) else group.heading
 
 
 def reads(line: Line) -> str:
@@ -169,8 +175,8 @@ def findings(table: Table) -> Iterator[str]:
         return
     metric = table.metrics[0]
     for group in table.groups:
-        prefix = f"{group.heading}: " if group.heading else ""
-        yield prefix + " ".join(_sentences(group, table, metric))
+        prefix = title(group, table)
+        yield (f"{prefix}: " if prefix else "") + " ".join(_sentences(group, table, metric))
 
 
 def _sentences(group: Group, table: Table, metric: str) -> Iterator[str]:
@@ -184,14 +190,16 @@ def _sentences(group: Group, table: Table, metric: str) -> Iterator[str]:
                 yield f"{name} has the best {TITLES[metric]}, {value}, told apart from every other row."
             else:
                 yield f"{name} has the {entry.marks[metric]} {TITLES[metric]}, {value}, not told apart from all others."
-    compared = [entry for entry in group.entries if entry.differences]
+    compared = [entry for entry in group.entries if entry.verdict(metric)]
+    names = {entry.reference.cell.name for entry in compared if entry.reference is not None}
+    reference = " or ".join(sorted(names))
     for word in ("better", "worse"):
         named = [label(entry, group, table) for entry in compared if entry.verdict(metric) == word]
         if named:
-            yield f"{word.capitalize()} than the reference: {'; '.join(named)}."
+            yield f"{word.capitalize()} than the reference ({reference}): {'; '.join(named)}."
     unclear = sum(entry.verdict(metric) == "unclear" for entry in compared)
     if unclear:
-        yield f"Cannot be told from the reference: {unclear} of {len(compared)}."
+        yield f"Not told apart from the reference ({reference}): {unclear} of {len(compared)}."
 
 
 # summary.csv ----------------------------------------------------------------------------------------------------

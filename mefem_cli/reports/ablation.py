@@ -18,10 +18,11 @@ STYLE = (
     "<style>"
     + curves.VARIABLES
     + """
-table.results td, table.results th { white-space: nowrap; padding: .25rem .6rem; font-size: .88rem; }
+body { max-width: 78rem; } p, ul, figure { max-width: 62rem; }
+table.results td, table.results th { white-space: nowrap; padding: .25rem .5rem; font-size: .84rem; }
 table.results th.heading { color: var(--ink); padding-top: .9rem; border-bottom: 1px solid var(--soft); }
 table.results td.number { text-align: right; } table.results th.number { text-align: right; }
-table.results .interval { color: var(--soft); font-size: .8rem; } table.results .mark { font-size: .72rem; }
+table.results .interval { color: var(--soft); font-size: .76rem; } table.results .mark { font-size: .72rem; }
 table.results .mark { border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; color: var(--soft); }
 td.better { color: var(--curve-3); } td.worse { color: var(--curve-2); } td.unclear { color: var(--soft); }
 figure svg { width: 100%; height: auto; min-width: 34rem; }
@@ -97,7 +98,7 @@ def _task(table: Table, figures: Mapping[str, Drawing]) -> Iterator[str]:
 
 
 def _figure(drawing: Drawing, caption: str) -> str:
-    return f'<figure><div class="scroll">{drawing.svg()}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    return f'<figure><div class="scroll">{drawing.svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:

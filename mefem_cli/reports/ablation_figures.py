@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mefem_cli.ablation.reading import Entry, Table, label
+from mefem_cli.ablation.reading import Entry, Table, label, title
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.report import TITLES
 from mefem_cli.reports.curves import COLOURS, INK, STYLE, svg_element
@@ -34,8 +35,9 @@ class Drawing:
     draw: Callable[[Figure], None]
     size: tuple[float, float]  # inches
 
+    @cached_property
     def svg(self) -> str:
-        """Return it as an `<svg>` element in the colours of the page around it."""
+        """The figure as an `<svg>` element in the colours of the page around it."""
         return svg_element(self.draw, self.size)
 
 
@@ -64,7 +66,7 @@ def _places(table: Table, is_compared: bool = False) -> Iterator[_Place]:
         if not entries:
             continue
         if group.heading:
-            yield _Place(y, _short(group.heading, LONGEST_HEADING))
+            yield _Place(y, _short(title(group, table), LONGEST_HEADING))
             y += 1
         for entry in entries:
             yield _Place(y, _short(label(entry, group, table), LONGEST_LABEL), entry)
@@ -85,6 +87,7 @@ def _drawing(table: Table, places: Sequence[_Place], draw_entry: Callable[..., N
             axis.set_xlabel(TITLES[metric] + minus)
             axis.locator_params(axis="x", nbins=6)
             axis.tick_params(axis="y", length=0)
+            axis.spines[["left", "right"]].set_visible(False)
         _name_rows(axes[0], places)
 
     return Drawing(draw, (WIDTH, 0.75 + 0.24 * (places[-1].y + 1)))
@@ -152,7 +155,7 @@ def save(drawing: Drawing, folder: Path, name: str) -> None:
     from matplotlib.figure import Figure
 
     stem = quote(name, safe="-. ")[:LONGEST_FILE]
-    product.write_text(folder / f"{stem}.svg", drawing.svg() + "\n")
+    product.write_text(folder / f"{stem}.svg", drawing.svg + "\n")
     with rc_context(STYLE), product.writing(folder / f"{stem}.png") as temporary:
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
