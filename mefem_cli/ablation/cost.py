@@ -60,9 +60,10 @@ def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, flo
         speeds = [row["images_per_second"] for row in rows if row["kind"] == "epoch" and "images_per_second" in row]
         if speeds:
             yield "images_per_second", statistics.median(speeds)
-    embedded = {times[strand.store(cell).stem] for cell in cells if strand.store(cell).stem in times}
-    if embedded:
-        yield "embed_seconds", sum(embedded)
+    stores = {strand.store(cell) for cell in cells}
+    embedded = [read_times(store.parent).get(store.stem) for store in stores]  # features of a given encoder: elsewhere
+    if embedded and None not in embedded:
+        yield "embed_seconds", sum(filter(None, embedded))
     folders = {strand.scores(cell, task).name for cell in cells for task in strand.tasks}
     if folders <= times.keys():
         yield "probe_seconds", sum(times[one] for one in folders)

@@ -93,9 +93,12 @@ def _names(wanted: Assignment, cells: Sequence[Cell]) -> list[str]:
 
 
 def _has(cell: Cell, options: Assignment) -> bool:
+    """Whether a cell has these values, defaults included; nothing was pretrained for a given encoder."""
     for name, value in options.items():
         (step, *_), option = steps.of(name), name.rpartition(".")[2]
-        if steps.settled(step, getattr(cell, step)).get(option, _has) != value:  # itself: equal to no value
+        settled = {} if cell.model and step == "pretrain" else steps.settled(step, getattr(cell, step), cell.model)
+        found = cell.model if name == steps.MODEL else settled.get(option, _has)  # itself: equal to no value
+        if found != value:
             return False
     return True
 

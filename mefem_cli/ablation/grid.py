@@ -200,8 +200,12 @@ def _under_headings(rows: list[Row]) -> list[Row]:
 
 
 def _parse_references(content: Any) -> list[Assignment]:
-    several = content if isinstance(content, list) else [content]
-    return [_parse_table({"reference": one}, "reference") for one in several if one]
+    found = []
+    for one in content if isinstance(content, list) else [content]:
+        options = {name: value for name, value in one.items() if name != steps.MODEL} if isinstance(one, dict) else one
+        model = {steps.MODEL: str(one[steps.MODEL])} if options is not one and steps.MODEL in one else {}
+        found.append({**model, **_parse_table({"reference": options}, "reference")})
+    return [one for one in found if one]
 
 
 def _published(values: Any) -> dict[str, float]:
