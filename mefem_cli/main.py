@@ -20,7 +20,7 @@ from mefem_cli.errors import MefemError, NoInputError, OutputError
 # In the order of use. Each is a module in commands/ with a docstring (its help), `OPTIONS` (dataclasses whose fields
 # are its options, as "module:class"), optionally `ARGUMENT` (name, help) and `ROOMS` (whose parts' options it offers
 # too; see `parts.offered`), and `run(arguments, given)`.
-COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "predict", "ablate", "store", "export")
+COMMANDS = ("demo", "crop", "pretrain", "embed", "probe", "predict", "ablate", "show", "store", "export")
 SHORT_FLAGS = {"out": "-o", "dry_run": "-n", "quiet": "-q", "null": "-0"}
 INTERRUPTED, BUG = 130, 1
 HELP_FLAGS = ["--help", "-h"]

@@ -144,6 +144,11 @@ def summary(module: str) -> str:
     return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
 
 
+def first_paragraph(module: str) -> str:
+    """Return the first paragraph of a module's docstring as one line, without importing it."""
+    return " ".join((ast.get_docstring(_parsed(module)) or "").partition("\n\n")[0].split())
+
+
 def read_fields(module: str, class_name: str = "Options") -> list[Field]:
     """Return the fields of a dataclass without importing its module; none where the module has no such class.
 

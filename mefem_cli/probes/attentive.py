@@ -47,6 +47,15 @@ def predict(state: State, features: np.ndarray) -> np.ndarray:
     return _grid.predict(state, features, _build(features.shape[2]))
 
 
+@torch.no_grad()
+def look(state: State, features: np.ndarray) -> np.ndarray:
+    """Return the share of each token [m, T, D] in what a fitted head reads, [m, T]; they sum to 1."""
+    head = AttentivePooler(1, features.shape[2], int(state["outputs"]), torch.Generator())
+    for name, parameter in head.named_parameters():
+        parameter.copy_(torch.from_numpy(np.array(state[f"head.{name}"], np.float32)))
+    return head.shares(torch.from_numpy(features).float())[0].numpy()
+
+
 def _build(width: int) -> _grid.Build:
     return lambda heads, outputs, generator: AttentivePooler(heads, width, outputs, generator)
 

@@ -72,10 +72,11 @@ class Panel:
 
 def draw(panel: Panel) -> str:
     """Return a panel as an `<svg>` element without fixed colours."""
-    return svg_element(lambda figure: _draw_panel(figure, panel))
+    return svg_element(lambda figure: draw_panel(figure, panel))
 
 
-def _draw_panel(figure: Figure, panel: Panel) -> None:
+def draw_panel(figure: Figure, panel: Panel) -> None:
+    """Draw a panel into an empty figure or a part of one."""
     from matplotlib.ticker import MaxNLocator
 
     axis = figure.add_subplot()

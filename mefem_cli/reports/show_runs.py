@@ -1,0 +1,184 @@
+"""`mefem show run RUN...`: the health page of a run, written anew where its metrics are younger; several as curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mefem_cli.engine import alarm
+from mefem_cli.errors import NoInputError, UsageError
+from mefem_cli.reports import curves, health, html
+from mefem_cli.reports.curves import Panel
+from mefem_cli.reports.panels import panels
+from mefem_cli.reports.show_sheet import Row, Sheet, Tile
+from mefem_cli.stores import runs
+from mefem_cli.stores.product import file_sha256
+from mefem_cli.stores.runs import ENCODER_FILES, Run
+
+Metrics = dict[str, Any]
+RUNS = Path("runs")
+PANEL = (4.6, 2.5)  # inches
+ONE_LINE_EACH = len(curves.COLOURS)  # runs; those beyond are dashed in the same colours
+MOST_RUNS = 2 * ONE_LINE_EACH
+# Of each panel of the health page the curve that tells runs apart; panels that follow from the options are left out.
+COMPARED = {
+    "loss": 1,  # on held-out faces
+    "loss_over_position": 0,
+    "rings": -1,  # at the end
+    "rankme": 0,
+    "feature_std": 0,
+    "spectrum": -1,
+    "loss_rings": -1,
+    "ema_distance": 0,
+    "grad_norm": 0,
+    "throughput": 0,
+}
+
+
+def opened(path: Path | None) -> Run:
+    """Return a run, runs/latest where none is named. Raises NoInputError where there is none."""
+    if path is None:
+        return Run.open(runs.latest_run(RUNS))
+    return Run.open(path.parent if path.is_file() else path)
+
+
+def health_page(path: Path | None) -> Path:
+    """Return the path of a run's report.html, written anew unless it is younger than the metrics.
+
+    Raises NoInputError for what is no run or has measured nothing yet.
+    """
+    run = opened(path)
+    report = run.path / health.REPORT
+    if not run.metrics_path.is_file():
+        raise NoInputError(f"{run.path}: nothing is measured yet (no metrics.jsonl); wait for the first epoch")
+    if not report.is_file() or report.stat().st_mtime_ns < run.metrics_path.stat().st_mtime_ns:
+        state = "it is finished" if run.is_finished else "it is running or was stopped"
+        health.write(run, about(run), state)
+    return report
+
+
+def about(run: Run) -> health.About:
+    """Return what the page tells beside the metrics, from the record of a run."""
+    config = run.config()
+    epochs = int(config.get("epochs") or 0)
+    per_epoch = _steps_per_epoch(list(run.metrics()))
+    warmup = min(math.ceil(float(config.get("warmup_epochs") or 0) * per_epoch), epochs * per_epoch // 2)
+    facts = {
+        "crops": ", ".join(map(str, config["crops"])),
+        "plan": f"{epochs} epochs of {per_epoch} steps of {config.get('batch_size', '?')} faces",
+        "learning rate": f"up to {config.get('lr')} after {warmup} steps, then falling",
+        "EMA momentum": str(config.get("ema", "none")),
+    }
+    return health.About(list(facts.items()), warmup, epochs)
+
+
+def _steps_per_epoch(rows: Sequence[Metrics]) -> int:
+    """Return how many steps an epoch has, 0 before the end of the first."""
+    ends = [row for row in rows if row.get("kind") == "epoch" and row.get("epoch")]
+    return round(ends[-1]["step"] / ends[-1]["epoch"]) if ends else 0
+
+
+# Several runs ---------------------------------------------------------------------------------------------------------
+
+
+def sheet(paths: Sequence[Path]) -> Sheet:
+    """Return the curves of runs over one another. Raises UsageError for more than can be told apart."""
+    if len(paths) > MOST_RUNS:
+        raise UsageError(f"{len(paths)} runs: at most {MOST_RUNS} can be told apart; name fewer")
+    found = [opened(path) for path in paths] or [opened(None)]
+    names = names_of([run.path for run in found])
+    compared = compare({name: list(run.metrics()) for name, run in zip(names, found, strict=True)})
+    if not compared:
+        raise NoInputError(f"{', '.join(str(run.path) for run in found)}: nothing is measured yet")
+    tiles = [Tile(panel.title, _drawer(panel), size=PANEL) for panel in compared]
+    figures = "".join(
+        f"<figure><h3>{escape(panel.title)}</h3>{curves.draw(panel)}<figcaption>{escape(panel.reading)}</figcaption></figure>"
+        for panel in compared
+    )
+    page = f'{health.STYLE}<div class="panels">{figures}</div>'
+    rows = [Row("", tiles, page=page, places_itself=False)]
+    body = [html.table(("run", "state", "epoch", "verdict", "measured"), map(_line, names, found))]
+    changed = _differences(names, found)
+    if changed:
+        body += [html.heading("Options that differ"), html.table(("option", *names), changed)]
+    inputs = {str(run.path.absolute()): _digest(run) for run in found}
+    return Sheet("Runs", f"{', '.join(names)}. One colour a run, in all curves.", rows, body, inputs)  # fmt: skip
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return short names of folders that tell them apart."""
+    names = [path.absolute().name for path in paths]
+    if len(set(names)) < len(names):
+        names = ["/".join(path.absolute().parts[-2:]) for path in paths]
+    return (
+        names if len(set(names)) == len(names) else [f"{number} {name}" for number, name in enumerate(names, start=1)]
+    )
+
+
+def compare(metrics: dict[str, list[Metrics]]) -> list[Panel]:
+    """Return the panels of the health page with one curve for each run, by its name; panels without any left out."""
+    by_run = {name: {panel.name: panel for panel in _panels(rows)} for name, rows in metrics.items()}
+    watched = [name for panels_of in by_run.values() for name in panels_of if name.startswith("watch_")]
+    found = []
+    for name, which in {**COMPARED, **dict.fromkeys(watched, 0)}.items():
+        of_runs = {
+            run: panels_of[name]
+            for run, panels_of in by_run.items()
+            if name in panels_of and panels_of[name].curves and not panels_of[name].is_empty
+        }
+        if of_runs:
+            found.append(_compared(of_runs, which, list(by_run)))
+    return found
+
+
+def _compared(of_runs: dict[str, Panel], which: int, names: Sequence[str]) -> Panel:
+    """Return one panel with the curve of the number `which` of each run, in the run's colour."""
+    chosen = []
+    for run, panel in of_runs.items():
+        curve = panel.curves[min(which, len(panel.curves) - 1)]
+        turn, colour = divmod(names.index(run), ONE_LINE_EACH)
+        chosen.append(replace(curve, label=_label(run), colour=colour, dashed=bool(turn), faint=False))
+    panel = next(iter(of_runs.values()))
+    title = panel.title
+    if which < 0:
+        title += " (at the end)"
+    elif len(panel.curves) > 1 and panel.curves[which].label:
+        title += f": {panel.curves[which].label}"
+    return replace(panel, title=title, curves=chosen, right=[])
+
+
+def _panels(rows: Sequence[Metrics]) -> Iterator[Panel]:
+    steps = [row for row in rows if row.get("kind") == "step"]
+    return panels(steps, [row for row in rows if row.get("kind") == "epoch"])
+
+
+def _label(run: str) -> str:
+    return run if len(run) <= 28 else f"{run[:13]}…{run[-14:]}"
+
+
+def _drawer(panel: Panel) -> Callable[[Any], None]:
+    return lambda figure: curves.draw_panel(figure, panel)
+
+
+def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:
+    epochs = [row for row in run.metrics() if row.get("kind") == "epoch"]
+    verdict = alarm.judge(epochs, about(run).warmup_steps)
+    state = "finished" if run.is_finished else "not finished"
+    return name, state, str(epochs[-1]["epoch"]) if epochs else "-", health.HEADLINES[verdict.kind], verdict.measured
+
+
+def _differences(names: Sequence[str], found: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Return the options in which runs differ, with the value of each."""
+    configs = [run.config() for run in found]
+    options = dict.fromkeys(name for config in configs for name in config if name != "inputs")
+    lines = [(name, *(str(config.get(name, "")) for config in configs)) for name in options]
+    return [line for line in lines if len(set(line[1:])) > 1]
+
+
+def _digest(run: Run) -> str:
+    weights = run.path / ENCODER_FILES["target"]
+    return file_sha256(weights) if weights.is_file() else "not finished"
