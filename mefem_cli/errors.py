@@ -47,6 +47,12 @@ class Stopped(MefemError):
     exit_code = 75
 
 
+class Interrupted(Stopped):
+    """Ctrl-C asked for a stop; a checkpoint was saved first."""
+
+    exit_code = 130
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the nearest known word, else a list of the known words.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,25 +16,25 @@ from torch import nn
 
 from mefem_cli import console, parts
 from mefem_cli.backbones import _initial, vit
-from mefem_cli.engine import allocator, distributed, launch, seeds
+from mefem_cli.engine import allocator, checkpoint, distributed, launch, seeds
 from mefem_cli.engine.alarm import Alarm
 from mefem_cli.engine.cache import make_cache
 from mefem_cli.engine.device import Device, announce, choose_device, cores
 from mefem_cli.engine.distributed import World
 from mefem_cli.engine.fit import Observer, Trainer
-from mefem_cli.engine.monitors import as_groups, split_monitor_faces
+from mefem_cli.engine.monitors import as_groups, split_monitor_faces, why_unwatched
 from mefem_cli.engine.order import FaceOrder, split_weights
 from mefem_cli.engine.plan import Plan, TrainOptions, make_plan
 from mefem_cli.engine.resources import Resources
 from mefem_cli.engine.stream import ImageStream
 from mefem_cli.engine.track import TensorBoard, refuse_missing
-from mefem_cli.errors import OutputError
+from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.evaluation.watch import Probe, Watch, names_to_watch, plan_probes
 from mefem_cli.parts import Given
 from mefem_cli.reports import health
 from mefem_cli.stores import runs
 from mefem_cli.stores.crops import Crops
-from mefem_cli.stores.product import ProductOptions, difference, provenance, refuse_existing
+from mefem_cli.stores.product import ProductOptions, difference, provenance, refuse_others
 from mefem_cli.stores.runs import Run
 
 RUNS = Path("runs")
@@ -94,7 +95,8 @@ class Job:
         recorded: dict[str, Any] = {}
         asked = set(given.values)
         if product.resume:
-            stopped = Run.open(Path(product.out) if product.out else runs.newest_unfinished(RUNS))
+            named = Path(product.out) if product.out else runs.newest_unfinished(RUNS)
+            stopped = Run.open(named.resolve() if named.is_symlink() else named)  # runs/latest is a name for another
             recorded = stopped.config()
             given, folders = _with_record(given, folders, recorded, stopped)
         train_options = given.build("engine.plan", "TrainOptions")
@@ -109,7 +111,7 @@ class Job:
         folders, weights = split_weights(folders)
         crops = Crops.open(*folders)
         if product.limit is not None:
-            crops = crops.select(range(min(product.limit, len(crops))))
+            crops = _limited(crops, product.limit)
         training_rows, monitor_rows = split_monitor_faces(
             len(crops), _subjects(crops), train_options.monitor, product.seed
         )
@@ -124,7 +126,11 @@ class Job:
         seeds.seed_initialisation(product.seed)
         build = partial(_build_objective, objective_module, objective_options)
         objective = build(given)
-        goes_on = product.resume and Run(Path(product.out or "")).checkpoint_path.exists()  # then that has the weights
+        run = Run(Path(product.out) if product.out else _new_run_path(objective_options, train_options.objective))
+        goes_on = product.resume and run.checkpoint_path.exists()  # then that has the weights
+        if goes_on:  # told before anything of the run is touched
+            state = checkpoint.load(run.checkpoint_path, mapped=True)
+            checkpoint.refuse_longer(state, plan.total_steps, plan.epochs, run.checkpoint_path)
         start = None
         if train_options.init and not goes_on:
             start = _initial.start(objective, Path(train_options.init))
@@ -156,9 +162,10 @@ class Job:
                 )
         for name in given.unused:
             console.warn(f"--{name.replace('_', '-')} has no effect here")
-        run = Run(Path(product.out) if product.out else _new_run_path(config))
-        if not product.resume and not product.overwrite:
-            refuse_existing(run.path, overwrite=False, holds="config.yaml")  # before training, and in a dry run too
+        if not product.resume:  # before training, and in a dry run too
+            if run.path.name == runs.LATEST:
+                raise UsageError(f"-o {run.path}: that name is kept for a link to the last finished run; name another")
+            refuse_others(run.path, product.overwrite, holds="config.yaml")
         workers = device_options.workers or max(1, cores() // launch.place().local_size)
         cache = make_cache(train_options.cache, len(crops), backbone_options.image_size)
         stream = ImageStream(crops, backbone_options.image_size, workers, cache)
@@ -191,7 +198,14 @@ class Job:
         world = distributed.world()
         self.run = Run(world.from_first(self.run.path))  # its name may hold the time
         resume = self.product.resume and self.run.checkpoint_path.exists()
-        world.agree(lambda: self._open_run(resume, world) if world.is_first else None)
+        with ExitStack() as lock:
+            world.agree(lambda: lock.enter_context(self._open_run(resume, world)) if world.is_first else None)
+            self._train(resume, world)
+        if world.is_first:
+            runs.forget_replaced(self.run.path)
+
+    def _train(self, resume: bool, world: World) -> None:
+        """Train in the run folder that the first process has opened."""
         if self.stream.cache is not None:
             self.stream.cache.forget_name()  # all processes have it by now; a kill must not leave it in memory
         trainer = Trainer(
@@ -222,20 +236,37 @@ class Job:
                 console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
                 self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
 
-    def _open_run(self, resume: bool, world: World) -> None:
-        """Make or open the run folder and say what will happen there."""
-        if resume:
-            (self.run.path / "model.json").unlink(missing_ok=True)  # until it is done a longer run is not finished
-        elif self.product.resume:
-            console.warn(f"{self.run.path} has no checkpoint yet; it starts at step 0")
-            self.run.truncate_metrics(-1)
-        else:
-            refuse_existing(self.run.path, self.product.overwrite, holds="config.yaml")
-        self.run = Run.create(self.run.path, self.config)
+    @contextmanager
+    def _open_run(self, resume: bool, world: World) -> Iterator[None]:
+        """Make or open the run folder, keep others from it, and say what will happen there."""
+        kept = None
+        if not self.product.resume and refuse_others(self.run.path, self.product.overwrite, holds="config.yaml"):
+            kept = runs.set_aside(self.run.path)
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        with self.run.locked():
+            if resume:
+                (self.run.path / "model.json").unlink(missing_ok=True)  # until it is done a longer run is not finished
+            elif self.product.resume:
+                console.warn(f"{self.run.path} has no checkpoint yet; it starts at step 0")
+                self.run.truncate_metrics(-1)
+            self.run = Run.create(self.run.path, self.config)
+            if kept:
+                console.note(f"the run that was there is kept as {kept} until this one is finished")
+            self._announce(world)
+            yield
+
+    def _announce(self, world: World) -> None:
+        """Say what will happen, on stderr and in the log."""
         announce(self.device)
         if world.size > 1:
             console.note(f"{world.size} processes, {self.plan.batch_size / world.size:g} faces of each batch for each")
         console.note(describe_plan(self))
+        if self.plan.total_steps and not len(self.monitor_rows):
+            why = why_unwatched(len(self.crops), self.train_options.monitor)
+            console.warn(
+                f"nothing will tell whether this run is healthy: {why}; compare its encoder with that of --epochs 0 by "
+                "mefem probe"
+            )
         self.run.log(f"device {self.device}; {world.size} processes; {self.plan}")
         for line in self.start.lines() if self.start else ():
             console.note(line)
@@ -320,8 +351,16 @@ def _probes(watch: list[str], crops: Crops, seed: int) -> list[Probe]:
     return plan_probes(names, crops.labels, groups, seed)
 
 
-def _new_run_path(config: dict[str, Any]) -> Path:
-    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.get('mask', config['objective'])}"
+def _new_run_path(objective_options: Any, objective: str) -> Path:
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{getattr(objective_options, 'mask', objective)}"
+
+
+def _limited(crops: Crops, limit: int) -> Crops:
+    """Return the first crops, and say which folders are left out altogether."""
+    some = crops.select(range(min(limit, len(crops))))
+    for folder in crops.folders[len(np.unique(some.part_of)) :]:
+        console.warn(f"--limit {limit} takes the first crops, and none of {folder}")
+    return some
 
 
 def describe_plan(job: Job) -> str:

@@ -28,7 +28,7 @@ from mefem_cli.engine.device import Device, choose_device
 from mefem_cli.engine.fit import Trainer
 from mefem_cli.engine.plan import TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream, decode
-from mefem_cli.errors import Diverged, NoInputError, OutOfMemory, OutputError, Stopped, UsageError
+from mefem_cli.errors import Diverged, Interrupted, NoInputError, OutOfMemory, OutputError, Stopped, UsageError
 from mefem_cli.objectives import mefem
 from mefem_cli.parts import Given
 from mefem_cli.pretraining import Job
@@ -452,11 +452,12 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(crops_fol
             assert torch.equal(value, resumed.objective.state_dict()[name]), (step, name)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGUSR1, Stopped), (signal.SIGINT, Interrupted)])
 def test_other_signals_stop_with_a_checkpoint_too(crops_folder, tmp_path, number, error):
-    with pytest.raises(error):
-        toy_trainer(SignalAfter(7, number), tmp_path / "run", crops_folder).fit(np.arange(0), 1e9, resume=False)
-    assert checkpoint.load(tmp_path / "run" / "last.ckpt")["step"] == 8
+    with pytest.raises(error, match=r"mefem pretrain --resume -o '.*/a run'") as raised:
+        toy_trainer(SignalAfter(7, number), tmp_path / "a run", crops_folder).fit(np.arange(0), 1e9, resume=False)
+    assert raised.value.exit_code == (130 if number == signal.SIGINT else 75)
+    assert checkpoint.load(tmp_path / "a run" / "last.ckpt")["step"] == 8
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
 
 

@@ -111,7 +111,7 @@ class Page(HTMLParser):
         ([epoch_row(one, 1.5) for one in range(9)], "Not learning", "lets the target follow the source"),
         ([epoch_row(0, 2.0), epoch_row(1, 1.5)], "Too early to tell", "first few hundred steps"),
         ([epoch_row(0), epoch_row(1, None, None, loss=None)], "Diverged", "Try --lr 0.0003"),
-        ([{"kind": "epoch", "epoch": 0, "step": 0}], "Not measured", "too few faces"),
+        ([{"kind": "epoch", "epoch": 0, "step": 0}], "Not measured", "No faces were set aside"),
         ([], "Too early to tell", ""),
     ],
 )

@@ -59,7 +59,10 @@ def _create_timm_vit(options: Options, class_token: bool) -> Any:
 
     names = timm.list_models("*vit*")
     if options.backbone not in names:
-        raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{did_you_mean(options.backbone, names)}')
+        begun = [name for name in names if name.startswith(f"{options.backbone}_patch")]  # vit_tiny
+        known = sorted(begun, key=len)[:1] or names
+        hint = did_you_mean(known[0] if begun else options.backbone, known)
+        raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{hint}')
     overrides = {"depth": options.depth, "embed_dim": options.embed_dim, "num_heads": options.num_heads}
     settings: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -199,7 +202,10 @@ def save_encoder(
     for name, encoder in encoders.items():
         state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}
         with product.writing(run.path / ENCODER_FILES[name]) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what any new file gets; safetensors' own are for their owner alone
             save_file(state, temporary)
+            temporary.chmod(mode)
     first_name, encoder = next(iter(encoders.items()))
     run.write_model(
         {

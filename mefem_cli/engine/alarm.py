@@ -38,7 +38,7 @@ ROWS_KEPT = 2 * max(STALLED_EPOCHS, STALLED_STEPS)  # besides the first; an epoc
 
 
 MEANING: dict[Kind, str] = {
-    "unmeasured": "There were too few faces to set some aside (it takes 8 at 5 %), so health was not measured.",
+    "unmeasured": "No faces were set aside to measure it on, so nothing here tells whether the encoder is healthy.",
     "early": "The predictor does not know more than the position yet; that comes within the first few hundred steps.",
     "healthy": "The features differ from face to face, and the predictor knows more than the position.",
     "collapsed": "The encoder gives nearly the same answer for every face, or the answers differ in one way only.",

@@ -73,12 +73,15 @@ def _host_copy(tree: Any) -> Any:
     return tree
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises OutputError for a missing, damaged, foreign or newer file."""
+def load(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, with `mapped` leaving its tensors on disk until they are used.
+
+    Raises OutputError for a missing, damaged, foreign or newer file.
+    """
     if not path.is_file():
         raise OutputError(f"{path}: no checkpoint to resume from; type --overwrite to train anew")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise OutputError(f"{path}: damaged or not a checkpoint; type --overwrite to train anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -88,6 +91,15 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: version {state['version']} is from a newer mefem; upgrade with pip install -U mefem-cli"
         )
     return state
+
+
+def refuse_longer(state: dict[str, Any], total_steps: int, epochs: int, path: Path) -> None:
+    """Raise OutputError for a checkpoint that has done more steps than are planned."""
+    if state["step"] > total_steps:
+        raise OutputError(
+            f"{path}: has done {state['step']} steps, more than the {total_steps} of --epochs {epochs}; "
+            "type a larger number"
+        )
 
 
 def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

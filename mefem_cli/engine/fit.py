@@ -21,7 +21,7 @@ from mefem_cli.engine.order import FaceOrder
 from mefem_cli.engine.plan import Plan
 from mefem_cli.engine.stop import Stop, stop_signals
 from mefem_cli.engine.stream import Batch, ImageStream
-from mefem_cli.errors import Diverged, OutOfMemory, OutputError, UsageError
+from mefem_cli.errors import Diverged, OutOfMemory, UsageError
 from mefem_cli.stores.runs import Run
 
 LOG_EVERY_STEPS = 10
@@ -104,7 +104,7 @@ class Trainer:
     ) -> None:
         """Train to the planned end, writing metrics and checkpoints.
 
-        Raises Stopped after SIGTERM or SIGUSR1 and KeyboardInterrupt after Ctrl-C, both with a checkpoint saved;
+        Raises Stopped after SIGTERM or SIGUSR1 and Interrupted after Ctrl-C, both with a checkpoint saved;
         Diverged after three non-finite steps in a row; OutOfMemory if one face at a time does not fit.
         """
         with (
@@ -341,11 +341,7 @@ class Trainer:
         """Go back to last.ckpt. Raises OutputError if it is damaged, made with other options or beyond the plan."""
         path = self.run.checkpoint_path
         state = checkpoint.load(path)
-        if state["step"] > self.plan.total_steps:
-            raise OutputError(
-                f"{path}: has done {state['step']} steps, more than the {self.plan.total_steps} of --epochs "
-                f"{self.plan.epochs}; type a larger number"
-            )
+        checkpoint.refuse_longer(state, self.plan.total_steps, self.plan.epochs, path)
         checkpoint.load_into(self.objective, state["objective"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

@@ -61,6 +61,16 @@ def split_monitor_faces(
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
+def why_unwatched(num_faces: int, wanted: int) -> str:
+    """Return why no faces were set aside by `split_monitor_faces`."""
+    if wanted < MIN_FACES:
+        return f"--monitor {wanted} is fewer than the {MIN_FACES} faces that it takes"
+    if int(num_faces * MAX_SHARE) < MIN_FACES:
+        enough = math.ceil(MIN_FACES / MAX_SHARE)
+        return f"{num_faces} faces are too few to set {MIN_FACES} of them aside, which are 5 % of {enough} or more"
+    return "the people have so many faces each that none can be set aside"
+
+
 def as_groups(num_faces: int, subjects: np.ndarray | None) -> np.ndarray:
     """Return the number of each face's group, int64 [num_faces]; faces without a subject share theirs with nobody."""
     if subjects is None:

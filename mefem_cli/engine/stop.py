@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mefem_cli import console
-from mefem_cli.errors import Stopped
+from mefem_cli.errors import Interrupted, Stopped
 from mefem_cli.stores.runs import Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -22,12 +22,10 @@ class Stop:
     def error(self, run: Run) -> BaseException:
         """Return what to raise once the checkpoint is saved."""
         run.log(f"stopped by signal {self.signal} after saving {run.checkpoint_path.name}")
+        again = f"go on with mefem pretrain --resume -o {shlex.quote(str(run.path))}"
         if self.signal == signal.SIGINT:
-            console.note(f"a checkpoint is saved; go on with mefem pretrain --resume -o {run.path}")
-            return KeyboardInterrupt()
-        return Stopped(
-            f"stopped by signal {self.signal} with a checkpoint saved; go on with mefem pretrain --resume -o {run.path}"
-        )
+            return Interrupted(f"stopped by Ctrl-C with a checkpoint saved; {again}")
+        return Stopped(f"stopped by {signal.Signals(self.signal).name} with a checkpoint saved; {again}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mefem_cli import console
-from mefem_cli.engine import alarm
+from mefem_cli.engine import alarm, monitors
 from mefem_cli.engine.fit import Observer, Trainer
 from mefem_cli.errors import Diverged, MefemError
 from mefem_cli.reports import curves, html
@@ -62,6 +62,7 @@ class About:
     warmup_steps: int
     total_epochs: int
     corrupt: Callable[[], Sequence[str]] = tuple  # names the crops that could not be read so far
+    why_unwatched: str = ""  # why no faces were set aside
 
 
 def describe(job: Job) -> About:
@@ -82,7 +83,11 @@ def describe(job: Job) -> About:
         "EMA momentum": str(job.config.get("ema", "none")),
         "device": str(job.device),
     }
-    return About(list(facts.items()), plan.warmup_steps, plan.epochs, corrupt)
+    why_unwatched = ""
+    if not len(job.monitor_rows):
+        why_unwatched = monitors.why_unwatched(len(crops), job.train_options.monitor)
+        facts["set aside"] = "no faces"
+    return About(list(facts.items()), plan.warmup_steps, plan.epochs, corrupt, why_unwatched)
 
 
 class Reporter(Observer):
@@ -166,6 +171,8 @@ def _verdict(verdict: alarm.Verdict, config: Row, is_over: bool) -> str:
 def _notes(epochs: Sequence[Row], about: About, corrupt: Sequence[str]) -> Iterator[str]:
     """Yield what else should be known about the run, most important first."""
     last = epochs[-1] if epochs else {}
+    if about.why_unwatched:
+        yield f"Health is not measured: {about.why_unwatched}. Compare its encoder with that of --epochs 0 by mefem probe."
     for row, verdict in alarm.episodes(epochs, about.warmup_steps):
         yield f"The alarm sounded at epoch {row['epoch']} ({HEADLINES[verdict.kind].lower()}): {verdict.measured}"
     if corrupt:

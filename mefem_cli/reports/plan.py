@@ -142,7 +142,9 @@ def _data_rows(plan: dict[str, Any]) -> Iterator[Row]:
     rest = f", and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
     yield "labels", f"{len(labels)}", ", ".join(labels[:SHOWN_LABELS]) + rest
     yield "training faces", f"{plan['training_faces']:,}", ""
-    reason = "never trained on; whole subjects, at most 5 %" if plan["monitor_faces"] else "too few to set some aside"
+    reason = "never trained on; whole subjects, at most 5 %"
+    if not plan["monitor_faces"]:
+        reason = monitors.why_unwatched(plan["crops"], plan["options"]["monitor"])
     yield "monitor faces", f"{plan['monitor_faces']:,}", reason
 
 

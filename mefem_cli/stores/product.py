@@ -140,18 +140,24 @@ def difference(recorded: Mapping[str, Any], wanted: Mapping[str, Any], ignore: f
 
 
 def refuse_existing(path: Path, overwrite: bool, holds: str) -> None:
-    """Make way for a new product, a folder that holds a file of the name `holds`.
+    """Make way for a new product, a folder that holds a file of the name `holds`. Raises as `refuse_others` does."""
+    if refuse_others(path, overwrite, holds):
+        shutil.rmtree(path)
+
+
+def refuse_others(path: Path, overwrite: bool, holds: str) -> bool:
+    """Return whether there is something at `path` that a new product may replace.
 
     Raises OutputError if `path` exists and may not be overwritten, or is not an empty folder or such a product:
     nobody's photos, crops or home are removed by a slip of the keyboard.
     """
     if not path.exists() and not path.is_symlink():
-        return
+        return False
     if not overwrite:
         raise OutputError(f"{path} exists; type --overwrite to replace it or -o for another place")
     if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / holds).exists()):
         raise OutputError(f"{path}: is not what this command makes (no {holds} in it), so it stays; name another -o")
-    shutil.rmtree(path)
+    return True
 
 
 def lock(file: Any) -> bool:
@@ -164,4 +170,6 @@ def lock(file: Any) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a network file system without locks
+        return True
     return True

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mefem_cli.stores import product
 
 MODEL_FORMAT, MODEL_VERSION = "mefem-model", 1
 ENCODER_FILES = {"target": "model.safetensors", "source": "source.safetensors"}
+LATEST = "latest"  # the link to the last run that finished, beside the runs
 
 
 class Run:
@@ -44,6 +47,16 @@ class Run:
         if not run.config_path.is_file():
             raise NoInputError(f"{path}: no run folder (it has no config.yaml); mefem pretrain makes one")
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run. Raises OutputError where one does already."""
+        with (self.path / "run.log").open("a", encoding="utf-8") as file:
+            if not product.lock(file):
+                raise OutputError(
+                    f"{self.path}: another mefem pretrain is at work there; wait for it or name another -o"
+                )
+            yield
 
     @property
     def is_finished(self) -> bool:
@@ -91,13 +104,43 @@ class Run:
 
     def become_latest(self) -> None:
         """Point `latest` beside the run folder at it, unless something else than a link has that name."""
-        latest = self.path.parent / "latest"
+        latest = self.path.parent / LATEST
         if latest.exists() and not latest.is_symlink():
             return
-        temporary = self.path.parent / f".latest.{os.getpid()}.tmp"
+        temporary = self.path.parent / f".{LATEST}.{os.getpid()}.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.path.name)
         os.replace(temporary, latest)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Make way for a run that replaces the one at `path`; return where the old one is kept until the new is finished.
+
+    None where there is nothing to keep. A run that was replacing another and never finished is not kept: the one
+    before it still is. Raises OutputError for what is no run, and where one is being trained.
+    """
+    if not product.refuse_others(path, overwrite=True, holds="config.yaml"):
+        return None
+    if (path / "run.log").exists():
+        with Run(path).locked():
+            pass  # nobody trains it
+    aside = _replaced(path)
+    if not any(path.iterdir()) or (aside.exists() and not Run(path).is_finished):
+        shutil.rmtree(path)
+        return aside if aside.exists() else None
+    product.refuse_existing(aside, overwrite=True, holds="config.yaml")
+    path.rename(aside)
+    return aside
+
+
+def forget_replaced(path: Path) -> None:
+    """Remove what a finished run replaced."""
+    product.refuse_existing(_replaced(path), overwrite=True, holds="config.yaml")
+
+
+def _replaced(path: Path) -> Path:
+    whole = Path(os.path.abspath(path))  # `.` has no name
+    return whole.with_name(f".{whole.name}.replaced")
 
 
 def _finite(value: Any) -> Any:
@@ -141,15 +184,19 @@ def describe_model(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def latest_run(root: Path) -> Path:
     """Return `root/latest`. Raises NoInputError where no run has finished there."""
-    path = root / "latest"
+    path = root / LATEST
     if not path.exists():
         raise NoInputError(f"{path}: no finished run; start one with mefem pretrain, or name a model with --model")
     return path.resolve()
 
 
 def newest_unfinished(root: Path) -> Path:
-    """Return the unfinished run folder in `root` that was changed last. Raises NoInputError if there is none."""
-    unfinished = [path.parent for path in root.glob("*/config.yaml") if not Run(path.parent).is_finished]
+    """Return the unfinished run folder in `root` that was changed last. Raises NoInputError if there is none.
+
+    Links and hidden folders are passed over: `latest`, and runs that --overwrite set aside.
+    """
+    folders = [path.parent for path in root.glob("[!.]*/config.yaml") if not path.parent.is_symlink()]
+    unfinished = [folder for folder in folders if not Run(folder).is_finished]
     if not unfinished:
         raise NoInputError(f"{root}: no unfinished run to resume; name one with -o")
     return max(unfinished, key=lambda path: path.stat().st_mtime)
