@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import groupby
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def test_a_reference_is_named_by_what_is_shown_or_by_any_option():
     assert named("width=2", cells) == ["mask=stripes width=2"]
     assert named("mask=quadrants", cells) == ["mask=quadrants"]
     assert named("width=3 cls_prob=0.5", cells_of(cls_prob=[0.0, 0.5])) == ["cls_prob=0.5"]  # a default counts
+    rows = [Row({"mask": "stripes"}), Row({"mask": "stripes", "cls_prob": 0.0})]
+    assert named("mask=stripes", expand(Grid("g", rows=rows))) == ["mask=stripes"]  # just so
     assert find_references([], cells) == [Reference("mask=stripes width=2", {})]
 
 
@@ -218,6 +221,26 @@ def test_differences_are_kept_and_computed_anew_where_what_was_kept_is_damaged(p
         (folder / differences.KEPT).write_text(damage)
         assert between() == first
     assert len(computed) == 8  # two seeds, four times
+
+
+def test_new_predictions_are_compared_anew(probed, tmp_path):
+    _, _, cells, _, faces = probed
+    strands = [Strand(tmp_path / cell.name, 0, (cell,), ("y",)) for cell in cells]
+    ids, target, group = [str(one) for one in faces.ids], np.asarray(faces.labels["y"], float), np.arange(80) // 2
+
+    def between(error: float) -> float:
+        for strand, noise in zip(strands, (0.0, error), strict=True):
+            folder = strand.scores(strand.cells[0], "y")
+            shutil.rmtree(folder, ignore_errors=True)
+            output = target + noise * np.cos(np.arange(80))
+            write_scores(folder, "y", {("knn", "cls"): output}, ids, target, group)
+        paired = Differences(tmp_path, strands, faces)
+        found = paired.between(line(cells[1]), line(cells[0]), "y")["mae"].value
+        paired.save()
+        return found
+
+    assert between(1.0) == pytest.approx(np.abs(np.cos(np.arange(80))).mean())
+    assert between(3.0) == pytest.approx(3 * np.abs(np.cos(np.arange(80))).mean())
 
 
 def test_missing_damaged_and_foreign_predictions_make_no_difference(probed, tmp_path, capsys):

@@ -16,7 +16,6 @@ from mefem_cli.ablation import differences, models, results, steps, summary, tab
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
-from mefem_cli.engine.plan import make_plan
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import problem
 from mefem_cli.executors import Lost, open_executor
@@ -31,7 +30,6 @@ from mefem_cli.stores.product import ProductOptions
 ABLATIONS = Path("ablations")
 RESULTS, PROVENANCE, CELLS = "results.csv", "provenance.json", "cells"
 LOCK_SECONDS = 0.3  # so often another driver's lock is tried again
-MONITOR_SHARE = 0.05  # of the faces are watched and not trained on, at most
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class AblateOptions:
     reference: list[str] = field(default_factory=list)  # cell that others are compared with, as "mask=stripes width=3";
     # several: each group of a preset with its own; default: the preset's, else the first cell
     crops: list[str] = field(default_factory=list)  # crops folder, also several; default: crops/
+    status: bool = False  # show how far it is, also from another terminal while it runs; touches nothing
     jobs: int | None = None  # pretrainings at once; default: one for each GPU, else 1; on Ray what it has room for
 
     def __post_init__(self) -> None:
@@ -89,6 +88,11 @@ def _once(flag: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             )
         found[name] = value
     return found
+
+
+def folder_of(grid: Grid, out: str | None) -> Path:
+    """Return where a grid's products go."""
+    return Path(out) if out else ABLATIONS / grid.name
 
 
 @dataclass
@@ -129,7 +133,7 @@ class Job:
         crops = _open_crops(options.crops, product.limit)
         may_drop = bool(named) and named[0] in grids.presets() and not options.task
         grid = replace(grid, tasks=_usable_tasks(crops, grid, cells, product.seed, may_drop))
-        out = Path(product.out) if product.out else ABLATIONS / grid.name
+        out = folder_of(grid, product.out)
         where = where or OnOptions()
         strands = _strands(cells, crops, grid, product.seed, out)
         gpus = visible_gpus(grid.forced.get("device", "auto")) if where.is_local else []
@@ -212,7 +216,23 @@ class Job:
             }
             for cell in self.cells
         ]
-        products.write_json(self.out / PROVENANCE, {**record, "cells": cells})
+        strands = [self._strand_record(strand) for strand in self.strands]  # what --status reads
+        products.write_json(self.out / PROVENANCE, {**record, "cells": cells, "strands": strands})
+
+    def _strand_record(self, strand: Strand) -> dict[str, Any]:
+        return {
+            "folder": str(Path(CELLS) / strand.folder.name),
+            "seed": strand.seed,
+            "epochs": 0 if strand.model else steps.settled("pretrain", strand.cells[0].pretrain)["epochs"],
+            "cells": [
+                {
+                    "cell": cell.name,
+                    "store": strand.store(cell).name,
+                    "scores": [strand.scores(cell, task).name for task in strand.tasks],
+                }
+                for cell in strand.cells
+            ],
+        }
 
     def _notes(self) -> list[str]:
         fixed = {**self.grid.fixed, **self.grid.forced}
@@ -237,49 +257,6 @@ class Job:
             for table in found[: tables.MOST_ON_TERMINAL]:
                 terminal.print(tables.to_terminal(table))
         console.note(captured.get().rstrip("\n"))
-
-    # Dry run ------------------------------------------------------------------------------------------------------
-
-    def plan(self) -> dict[str, Any]:
-        """Return what `run` would do; nothing is written."""
-        todo = [strand for strand in self.strands if strand.state in ("new", "begun")]
-        steps_of = {strand.folder: self._num_steps(strand.cells[0]) for strand in self.strands}
-        known = [steps_of[strand.folder] for strand in todo]
-        return {
-            "out": str(self.out.absolute()),
-            "crops": len(self.crops),
-            "cells": [self._cell_plan(cell, steps_of) for cell in self.cells],
-            "tasks": list(self.grid.tasks),
-            "seeds": self.seeds,
-            "pretrainings": len(self.strands),
-            "to_train": len(todo),
-            "steps": sum(count or 0 for count in known),
-            "jobs": self.jobs,
-            "gpus": self.gpus,
-        }
-
-    def _cell_plan(self, cell: Cell, steps_of: dict[Path, int | None]) -> dict[str, Any]:
-        own = [strand for strand in self.strands if cell in strand.cells]
-        return {
-            "cell": cell.name,
-            "pretraining": own[0].folder.name,
-            "epochs": steps.settled("pretrain", cell.pretrain)["epochs"],
-            "steps": steps_of[own[0].folder],
-            "head": cell.probe["head"],
-            "features": cell.probe.get("features"),
-            "states": [strand.state for strand in own],
-        }
-
-    def _num_steps(self, cell: Cell) -> int | None:
-        """Return the steps of a pretraining, within a few; None where its options do not fit the faces."""
-        if cell.model:
-            return 0
-        options = Given(cell.pretrain).build("engine.plan", "TrainOptions")
-        faces = len(self.crops) - min(options.monitor, int(MONITOR_SHARE * len(self.crops)))
-        try:
-            return make_plan(options, faces, cell.pretrain.get("batch_size", "auto")).total_steps
-        except UsageError:
-            return None
 
 
 def _open_crops(named: list[str], limit: int | None) -> Crops:
