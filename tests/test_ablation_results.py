@@ -394,11 +394,12 @@ def test_cost_of_a_cell_is_its_processes_and_its_images(strand):
         {"kind": "epoch", "samples": 500, "images_per_second": 40.0},
         {"kind": "step", "samples": 900, "images_per_second": 1.0},
         {"kind": "epoch", "samples": 1000, "images_per_second": 60.0},
+        {"kind": "epoch", "samples": 1500, "images_per_second": 500.0},
     ]
     (strand.run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (found,) = cost.costs(strand.cells, [strand])
-    assert found == cost.Cost("width=2", 100.0, 1000, 50.0, 7.0, 8.0)
-    assert cost.to_csv([found]).splitlines()[1] == "width=2,100,1000,50,7,8"
+    assert found == cost.Cost("width=2", 100.0, 1500, 60.0, 7.0, 8.0)
+    assert cost.to_csv([found]).splitlines()[1] == "width=2,100,1500,60,7,8"
 
 
 def test_cost_of_an_older_run_is_read_from_its_log_and_the_rest_is_not_known(strand):
