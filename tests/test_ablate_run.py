@@ -308,7 +308,7 @@ def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in
     while not list(tmp_path.glob("out/cells/*/run/config.yaml")) and driver.poll() is None:
         time.sleep(0.01)
     driver.kill()
-    driver.communicate()
+    driver.wait()
     (stand_in / "slow").unlink()
     told = []
 

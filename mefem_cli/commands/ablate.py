@@ -1,8 +1,9 @@
 """A grid of options -> a table of scores.
 
-Each cell is pretrain, embed and probe. Names a preset (table4: the ablation table of the paper), a YAML grid file, or
---vary. Writes ablations/<name>/ with results.csv and results.md. Run again, it continues: finished cells are reused,
-failed ones tried again.
+Each cell is pretrain, embed and probe. Names a preset (table4: the ablation table of the paper; table4-fair: the same
+at equal epochs, three seeds; table2 and table3: given encoders, with --model), a YAML grid file, or --vary. Writes
+ablations/<name>/. Run again, it continues: finished cells are reused, failed ones tried again. -n lists the cells and
+times some steps; --status shows how far it is.
 
 Try: mefem ablate --vary mask=stripes,quadrants --vary width=2,3 --seeds 3
 """
@@ -13,10 +14,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mefem_cli.ablation.job import Job
+    from mefem_cli.ablation.job import AblateOptions, Job
     from mefem_cli.parts import Given
 
-ARGUMENT = ("preset", "A preset (table4) or a grid file; default: what --vary and --set say.")
+ARGUMENT = (
+    "preset",
+    "A preset (table2, table3, table4, table4-fair) or a grid file; default: what --vary and --set say.",
+)
 OPTIONS = (
     "ablation.job:AblateOptions",
     "executors.options:OnOptions",
@@ -27,7 +31,7 @@ OPTIONS = (
 
 
 def run(arguments: list[str], given: Given) -> None:
-    """Run the grid, or with `--dry-run` list its cells."""
+    """Run the grid, or with `--dry-run` list its cells, or with `--status` say how far it is."""
     from mefem_cli import console, parts
     from mefem_cli.ablation.job import Job
 
@@ -36,6 +40,9 @@ def run(arguments: list[str], given: Given) -> None:
     product = given.build("stores.product", "ProductOptions")
     machine_options = [option.name for option in parts.read_fields("engine.device", "DeviceOptions")]
     machine = {name: given.values[name] for name in [*machine_options, "limit"] if name in given}
+    if options.status:
+        _show_status(arguments, options, machine, product.out)
+        return
     job = Job.prepare(arguments, options, machine, product, given.build("executors.options", "OnOptions"))
     if product.dry_run:
         _print_plan(job)
@@ -46,35 +53,28 @@ def run(arguments: list[str], given: Given) -> None:
     console.product(job.out, time.monotonic() - begun, crops=len(job.crops), rejects={}, **counts)
 
 
+def _show_status(arguments: list[str], options: AblateOptions, machine: dict[str, Any], out: str | None) -> None:
+    """Show how far the ablation is that was named, else the one begun last."""
+    from pathlib import Path
+
+    from mefem_cli.ablation import job as jobs
+    from mefem_cli.ablation import status
+
+    if out or arguments or options.vary or options.model:
+        folder = Path(out) if out else jobs.folder_of(jobs.read_grid(arguments, options, machine), None)
+    else:
+        begun = sorted(jobs.ABLATIONS.glob(f"*/{jobs.PROVENANCE}"), key=lambda path: path.stat().st_mtime)
+        folder = begun[-1].parent if begun else jobs.ABLATIONS
+    status.show(folder)
+
+
 def _print_plan(job: Job) -> None:
     from mefem_cli import console
+    from mefem_cli.ablation import plan as plans
 
-    plan = job.plan()
+    plan = plans.describe(job)
     if console.wants_json():
         console.emit(plan)
         return
-    console.table(_plan_table(plan))
-    print(_plan_summary(plan))
-
-
-def _plan_table(plan: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table("cell", "pretraining", "epochs", "steps", "heads", "features", "state", show_edge=False)
-    for cell in plan["cells"]:
-        num_steps = "?" if cell["steps"] is None else f"{cell['steps']:,}"
-        states = ", ".join(dict.fromkeys(cell["states"]))
-        heads, features = cell["head"].replace(",", ", "), cell["features"] or "default"
-        table.add_row(cell["cell"], cell["pretraining"][:6], str(cell["epochs"]), num_steps, heads, features, states)
-    return table
-
-
-def _plan_summary(plan: dict[str, Any]) -> str:
-    seeds = ", ".join(map(str, plan["seeds"]))
-    machine = f"on GPUs {', '.join(plan['gpus'])}" if plan["gpus"] else "without a GPU"
-    return (
-        f"cells: {len(plan['cells'])}, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
-        f"pretrainings: {plan['pretrainings']} (seeds {seeds}), of which {plan['to_train']} to train: "
-        f"about {plan['steps']:,} steps, {plan['jobs']} at once {machine}\n"
-        f"-> {plan['out']}"
-    )
+    console.table(plans.to_table(plan))
+    print(plans.summary(plan))
