@@ -233,7 +233,8 @@ class Job:
             self.save_encoders(self.run)
             health.write(self.run, about, "it is finished")
             if self.stream.corrupt:
-                console.warn(f"{len(self.stream.corrupt)} crops could not be read; see {self.run.path / 'run.log'}")
+                counts = f"{len(self.stream.corrupt):,} of {len(self.crops):,} crops"
+                console.warn(f"{counts} could not be read; see {self.run.path / 'run.log'}")
                 self.run.log(f"crops that could not be read: {', '.join(self.stream.corrupt)}")
 
     @contextmanager

@@ -24,7 +24,7 @@ from torch import nn
 
 from mefem_cli.backbones import vit
 from mefem_cli.engine import checkpoint, fit, monitors, seeds, tune
-from mefem_cli.engine.device import Device, choose_device
+from mefem_cli.engine.device import Device, DeviceOptions, choose_device
 from mefem_cli.engine.fit import Trainer
 from mefem_cli.engine.plan import TrainOptions, make_plan
 from mefem_cli.engine.stream import ImageStream, decode
@@ -768,6 +768,12 @@ def test_a_newer_checkpoint_asks_for_an_upgrade(tmp_path):
 def test_absent_devices_are_refused(device):
     with pytest.raises(UsageError, match="--device"):
         choose_device(device)
+
+
+@pytest.mark.parametrize("workers", [0, -3])
+def test_impossible_numbers_of_threads_are_refused(workers):
+    with pytest.raises(UsageError, match=f"--workers {workers}: wanted 1 or more"):
+        DeviceOptions(workers=workers)
 
 
 def test_precision_follows_the_hardware_unless_asked():

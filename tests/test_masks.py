@@ -252,6 +252,15 @@ def test_impossible_widths_are_refused(width):
         stripes.build(stripes.Options(width=width), 14)
 
 
+@pytest.mark.parametrize(("grid", "advice"), [(2, "--width 1"), (3, "--width 2"), (14, "--width 3")])
+def test_the_width_that_is_advised_fits(grid, advice):
+    with pytest.raises(UsageError, match=f"try {advice}$"):
+        stripes.build(stripes.Options(width=grid), grid)
+    stripes.build(stripes.Options(width=int(advice[-1])), grid)
+    with pytest.raises(UsageError, match="a larger --image-size"):
+        stripes.build(stripes.Options(width=1), 1)
+
+
 def test_odd_grids_have_no_quadrants():
     with pytest.raises(UsageError, match="even"):
         quadrants.build(quadrants.Options(), 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -381,6 +382,33 @@ def test_baselines_know_only_position_or_nothing():
 def test_unfit_backbones_are_refused(name):
     with pytest.raises(UsageError, match="--backbone"):
         vit.build(vit.Options(backbone=name))
+
+
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        ("vit_tiny", 'did you mean "vit_tiny_patch16_224"'),
+        ("vit_smal_patch16_224", 'did you mean "vit_small_patch16_224"'),
+        ("resnet50", "try vit_tiny_patch16_224, vit_small_patch16_224 or vit_base_patch16_224"),
+    ],
+)
+def test_an_unknown_backbone_names_one_that_can_be_built(given, typed):
+    with pytest.raises(UsageError, match=re.escape(typed)) as raised:
+        vit.build(vit.Options(backbone=given))
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize("name", ["depth", "embed_dim", "num_heads"])
+def test_an_encoder_without_blocks_features_or_heads_is_refused(name):
+    for value in (0, -1):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: wanted 1 or more"):
+            vit.Options(**{name: value})
+
+
+def test_a_predictor_without_features_is_refused_and_not_the_default():
+    for width in (0, -4):
+        with pytest.raises(UsageError, match=f"--predictor-width {width}: wanted 1 or more"):
+            mefem.Options(predictor_width=width)
 
 
 def test_patches_must_divide_the_image():

@@ -8,9 +8,11 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from synthetic import write_crops
 
+from mefem_cli.engine import checkpoint
 from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.parts import Given
 from mefem_cli.pretraining import Job
@@ -62,8 +64,8 @@ def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(trained):
 
     damaged = trained.with_name("damaged")
     shutil.copytree(trained, damaged)
-    checkpoint = damaged / "last.ckpt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    last = damaged / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
     before = contents(damaged)
     with pytest.raises(OutputError, match="damaged"):
         pretrain([], out=damaged, resume="true", epochs="3")
@@ -83,6 +85,17 @@ def test_the_link_to_the_last_run_is_no_place_for_a_run_but_a_name_for_one(crops
     assert (run / "model.json").is_file()
     longer.become_latest()
     assert os.readlink(tmp_path / "latest") == "run"
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
+    """torch says `[enforce fail at inline_container.cc:671] . unexpected pos 2752000 vs 2751888`."""
+
+    def fail(state, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 2 vs 1")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OutputError, match="cannot be written .the disk seems full.; free some space and type --resume"):
+        checkpoint.save(tmp_path / "last.ckpt", {})
 
 
 def test_resume_by_itself_takes_runs_and_neither_links_nor_what_was_set_aside(tmp_path):

@@ -163,6 +163,16 @@ def test_every_curve_says_how_to_read_it(tmp_path):
     assert any("512 faces" in text for text in page.texts)
 
 
+def test_the_spectrum_ends_with_the_last_direction_that_is_one():
+    """16 faces vary along 15 directions; the share of the sixteenth is rounding, 1e-32, and would fill the picture."""
+    shares = [0.5**rank for rank in range(1, 16)] + [1e-32]
+    rows = [{**epoch_row(epoch), "spectrum": shares} for epoch in range(3)]
+    (panel,) = (one for one in panels([], rows) if one.name == "spectrum")
+    assert [list(curve.y) for curve in panel.curves] == [shares[:-1]] * 3
+    (panel,) = (one for one in panels([], [{**epoch_row(0), "spectrum": [0.0, 0.0]}]) if one.name == "spectrum")
+    assert panel.is_empty
+
+
 def test_the_page_needs_no_network_and_follows_light_and_dark(tmp_path):
     text = write(make_run(tmp_path / "run", [*step_rows(3), epoch_row(0), epoch_row(1)]))
     for tag, attributes in Page(text).tags:

@@ -7,7 +7,9 @@ Pre-norm, fixed 2-D sin-cos positions, CLS position zero. The state dict has tim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from torch.nn import functional
 
 from mefem_cli.backbones._frozen import FrozenEncoder, Loaded, Preprocessing, hint
 from mefem_cli.engine import checkpoint
-from mefem_cli.errors import NoInputError, UsageError, did_you_mean
+from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.stores import product
 from mefem_cli.stores.runs import ENCODER_FILES, Run, describe_model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PLAIN_VITS = "try vit_tiny_patch16_224, vit_small_patch16_224 or vit_base_patch16_224"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Options:
     depth: int | None = None  # number of blocks; default: the backbone's own
     embed_dim: int | None = None  # features of a token; default: the backbone's own
     num_heads: int | None = None  # attention heads; default: the backbone's own
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "embed_dim", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
 
 
 def build(options: Options, class_token: bool = True) -> ViTEncoder:
@@ -59,10 +68,7 @@ def _create_timm_vit(options: Options, class_token: bool) -> Any:
 
     names = timm.list_models("*vit*")
     if options.backbone not in names:
-        begun = [name for name in names if name.startswith(f"{options.backbone}_patch")]  # vit_tiny
-        known = sorted(begun, key=len)[:1] or names
-        hint = did_you_mean(known[0] if begun else options.backbone, known)
-        raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{hint}')
+        raise UsageError(f'--backbone: timm has no ViT "{options.backbone}"{_nearest(options.backbone, names)}')
     overrides = {"depth": options.depth, "embed_dim": options.embed_dim, "num_heads": options.num_heads}
     settings: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -79,11 +85,15 @@ def _create_timm_vit(options: Options, class_token: bool) -> Any:
         raise UsageError(f"--backbone {options.backbone}: cannot be built with these options ({error})") from error
     fits = isinstance(vit, VisionTransformer) and isinstance(vit.norm_pre, nn.Identity) and vit.num_reg_tokens == 0
     if not fits or vit.pos_embed is None or getattr(vit, "no_embed_class", False):
-        raise UsageError(
-            f"--backbone {options.backbone}: not a plain pre-norm VisionTransformer; try vit_tiny_patch16_224, "
-            "vit_small_patch16_224 or vit_base_patch16_224"
-        )
+        raise UsageError(f"--backbone {options.backbone}: not a plain pre-norm VisionTransformer; {PLAIN_VITS}")
     return vit
+
+
+def _nearest(given: str, names: Sequence[str]) -> str:
+    """Return what to type for a name that timm does not have."""
+    begun = sorted((name for name in names if name.startswith(f"{given}_patch")), key=len)  # vit_tiny
+    near = begun[:1] or get_close_matches(given, [name for name in names if name.startswith("vit_")], n=1)
+    return f'; did you mean "{near[0]}"?' if near else f"; {PLAIN_VITS}"
 
 
 class ViTEncoder(FrozenEncoder):

@@ -22,9 +22,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         with product.writing(path) as temporary:
             torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
     except (RuntimeError, OSError) as error:  # torch's writer raises RuntimeErrors without the system's reason
-        raise OutputError(
-            f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); free some space and type --resume"
-        ) from error
+        reason = getattr(error, "strerror", None) or "the disk seems full"
+        raise OutputError(f"{path}: cannot be written ({reason}); free some space and type --resume") from error
 
 
 class Writer:

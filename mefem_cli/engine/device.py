@@ -24,6 +24,10 @@ class DeviceOptions:
     workers: int | None = None  # threads that read and decode images; default: the cores
     batch_size: str = "auto"  # images in a batch, auto or N
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: wanted 1 or more")
+
 
 @dataclass(frozen=True)
 class Device:

@@ -36,9 +36,10 @@ class Stripes:
 
     def __init__(self, grid_size: int, width: int = 3, spread: float = 0.175):
         if not 1 <= width < grid_size:
-            raise UsageError(
-                f"--width {width}: a grid of {grid_size} patches has stripes of 1 to {grid_size - 1}; try --width 3"
-            )
+            grid = f"--width {width}: a grid of {grid_size} x {grid_size} patches has"
+            if grid_size < 2:
+                raise UsageError(f"{grid} no stripes; try a larger --image-size or a smaller --patch-size")
+            raise UsageError(f"{grid} stripes of 1 to {grid_size - 1}; try --width {min(3, grid_size - 1)}")
         if not 0 < spread <= MAX_SPREAD:
             raise UsageError(
                 f"--spread {spread}: wanted a share of the grid over 0, at most {MAX_SPREAD}; try --spread 0.175"

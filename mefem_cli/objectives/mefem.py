@@ -51,6 +51,8 @@ class Options:
             raise UsageError(f"--cls-prob {self.cls_prob}: wanted a probability from 0 to 1, or none")
         if self.predictor_depth < 0:
             raise UsageError(f"--predictor-depth {self.predictor_depth}: wanted 0 or more blocks")
+        if self.predictor_width is not None and self.predictor_width < 1:
+            raise UsageError(f"--predictor-width {self.predictor_width}: wanted 1 or more features")
         if self.masks_per_image < 1:
             raise UsageError(f"--masks-per-image {self.masks_per_image}: wanted 1 or more")
         if not (0 < self.sigma < math.inf and abs(self.r0) < math.inf):

@@ -172,7 +172,7 @@ def _notes(epochs: Sequence[Row], about: About, corrupt: Sequence[str]) -> Itera
     """Yield what else should be known about the run, most important first."""
     last = epochs[-1] if epochs else {}
     if about.why_unwatched:
-        yield f"Health is not measured: {about.why_unwatched}. Compare its encoder with that of --epochs 0 by mefem probe."
+        yield f"Why not: {about.why_unwatched}. mefem probe can compare the encoder with that of --epochs 0."
     for row, verdict in alarm.episodes(epochs, about.warmup_steps):
         yield f"The alarm sounded at epoch {row['epoch']} ({HEADLINES[verdict.kind].lower()}): {verdict.measured}"
     if corrupt:

@@ -8,6 +8,7 @@ from typing import Any
 from mefem_cli.reports.curves import Curve, Panel
 
 Row = dict[str, Any]
+ROUNDING = 1e-12  # a share of the variance under which a direction is none: n faces have n - 1
 
 
 def panels(steps: Sequence[Row], epochs: Sequence[Row]) -> Iterator[Panel]:
@@ -41,6 +42,12 @@ def _over_time(epochs: Sequence[Row], name: str, first: float) -> list[Curve]:
         Curve(f"epoch {row['epoch']}", [first + place for place in range(len(row[name]))], row[name], colour)
         for colour, row in enumerate(start_middle_end(rows) if rows else [])
     ]
+
+
+def _without_rounding(row: Row) -> Row:
+    """Return a row whose spectrum ends with the last direction that is one; on a log scale zeros are all one sees."""
+    shares = [share for share in row.get("spectrum", []) if share is not None and share > ROUNDING]
+    return {**row, "spectrum": shares} if shares else {name: value for name, value in row.items() if name != "spectrum"}
 
 
 def _loss_panels(steps: Sequence[Row], epochs: Sequence[Row]) -> Iterator[Panel]:
@@ -104,7 +111,7 @@ def _feature_panels(epochs: Sequence[Row]) -> Iterator[Panel]:
         "spectrum",
         "Spectrum of the features",
         "Shares of the variance by direction, largest first; a cliff after the first one or two is a collapse.",
-        _over_time(epochs, "spectrum", 1),
+        _over_time([_without_rounding(row) for row in epochs], "spectrum", 1),
         xlabel="direction",
         log=True,
     )
