@@ -57,7 +57,8 @@ def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, flo
     rows = _rows(strand.run / METRICS)
     if rows:
         yield "images", max(row["samples"] for row in rows)
-        speeds = [row["images_per_second"] for row in rows if row["kind"] == "epoch" and "images_per_second" in row]
+        speeds: list[Any] = [row.get("images_per_second") for row in rows if row["kind"] == "epoch"]
+        speeds = [one for one in speeds if isinstance(one, float)]  # the row before training has none
         if speeds:
             yield "images_per_second", statistics.median(speeds)
     stores = {strand.store(cell) for cell in cells}
@@ -67,11 +68,6 @@ def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, flo
     folders = {strand.scores(cell, task).name for cell in cells for task in strand.tasks}
     if folders <= times.keys():
         yield "probe_seconds", sum(times[one] for one in folders)
-
-
-def total_seconds(strands: Sequence[Strand]) -> float:
-    """Return the seconds of all steps of a grid that were timed; steps side by side count each."""
-    return sum(sum(read_times(strand.folder).values()) for strand in strands)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

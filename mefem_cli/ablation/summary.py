@@ -32,7 +32,7 @@ def write(
     faces: FeatureStore,
     notes: Sequence[str],
 ) -> list[Table]:
-    """Write all files and return the tables, one for each task.
+    """Write all files and return the tables, one for each task that has scores.
 
     `outcomes` in the order of the tables; `faces` has the ids, labels and columns of the crops, features are not read;
     `notes` say how it was made.
@@ -52,4 +52,4 @@ def write(
         for kind, figure in figures.items():
             ablation_figures.save(figure, folder / FIGURES, f"{kind}-{task}")
     product.write_text(folder / REPORT, ablation.page(grid.name, found, drawn, costs, failures, notes))
-    return found
+    return [table for table in found if table.metrics]

@@ -10,6 +10,7 @@ from mefem_cli.ablation.cost import Cost
 from mefem_cli.ablation.reading import BEST, Table
 from mefem_cli.ablation.tables import Content
 from mefem_cli.console import plural
+from mefem_cli.evaluation.metrics import LOWER_IS_BETTER
 from mefem_cli.evaluation.report import TITLES
 from mefem_cli.reports import curves, html
 from mefem_cli.reports.ablation_figures import Drawing
@@ -90,7 +91,7 @@ def _task(table: Table, figures: Mapping[str, Drawing]) -> Iterator[str]:
         caption = SCORES.format(seeds=seeds, reference=REFERENCE if table.is_compared else "")
         yield _figure(figures["scores"], caption)
     if "differences" in figures:
-        lower = [TITLES[name] for name in table.metrics if name in reading.LOWER_IS_BETTER]
+        lower = [TITLES[name] for name in table.metrics if name in LOWER_IS_BETTER]
         told = LOWER.format(names=" and ".join(lower)) if lower else ""
         yield _figure(figures["differences"], DIFFERENCES.format(lower=told).strip())
     yield _table(table)
