@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,15 +170,16 @@ class Differences:
         """Return a line's predictions of one seed as a score; None where they are missing or damaged."""
         where = (side.folder, side.task, side.line.head, side.line.features)
         if where not in self._scores:
+            path = side.folder / PREDICTIONS
             try:
-                self._scores |= _read_scores(side.folder, self._people_of(side))
+                self._scores |= _read_scores(side.folder, self._people_of(side)) if path.exists() else {}
             except (OSError, LookupError, ValueError, TypeError, MefemError) as error:  # pyarrow's are ValueErrors
-                console.warn(f"{side.folder / PREDICTIONS}: {error}; its differences are left out")
+                console.warn(f"{path}: cannot be read ({type(error).__name__}); its differences are left out")
         return self._scores.setdefault(where, None)
 
     def _people_of(self, side: Side) -> dict[str, int]:
         """Return who is who among the faces of a task, id -> number, as the probing protocol has it."""
-        key = steps.key(side.task, asdict(side.options))
+        key = steps.key(side.task, asdict(replace(side.options, head="default", features=None, bootstraps=2000)))
         if key not in self._people:
             problem = evaluate.prepare(self._faces, side.task, side.options, side.strand.seed)
             self._people[key] = dict(zip(map(str, problem.ids), problem.group.tolist(), strict=True))
