@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mefem_cli import console
@@ -162,7 +161,7 @@ def _state(encoder: ViTEncoder) -> Tensors:
 
 def _to_safetensors(task: Export, folder: Path) -> None:
     """The run's own layout: model.safetensors and model.json, for `mefem embed --model FOLDER`."""
-    save_file(_state(task.encoder), folder / WEIGHTS)
+    vit.save_tensors(_state(task.encoder), folder / WEIGHTS)
     product.write_json(folder / "model.json", {**task.description, "encoder": "target", "exported_encoder": task.which})
     again, *_ = vit.load_encoder(folder)
     _compare(task, "the folder read by mefem", again.features)
@@ -184,7 +183,7 @@ def _to_timm(task: Export, folder: Path) -> None:
     import timm
 
     encoder, arguments = task.encoder, model_arguments(task)
-    save_file(_state(encoder), folder / WEIGHTS)
+    vit.save_tensors(_state(encoder), folder / WEIGHTS)
     pretrained = {
         "input_size": [3, encoder.image_size, encoder.image_size],
         "fixed_input_size": True,
@@ -251,7 +250,7 @@ def _to_hf(task: Export, folder: Path) -> None:
     encoder = task.encoder
     if not encoder.class_token:
         raise UsageError("--to hf: transformers' ViT always has a CLS token, and this encoder none; type --to timm")
-    save_file(to_hugging_face(_state(encoder)), folder / WEIGHTS, metadata={"format": "pt"})
+    vit.save_tensors(to_hugging_face(_state(encoder)), folder / WEIGHTS, metadata={"format": "pt"})
     block = encoder.vit.blocks[0]
     config = {
         "architectures": ["ViTModel"],

@@ -205,6 +205,14 @@ def sincos_positions(dim: int, grid_size: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
+def save_tensors(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode of any new file; the library's own are for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(state, path, metadata)
+    path.chmod(mode)
+
+
 def save_encoder(
     run: Run, encoders: dict[str, ViTEncoder], crop_rule: dict[str, Any], provenance: dict[str, Any]
 ) -> None:
@@ -212,10 +220,7 @@ def save_encoder(
     for name, encoder in encoders.items():
         state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}
         with product.writing(run.path / ENCODER_FILES[name]) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what any new file gets; safetensors' own are for their owner alone
-            save_file(state, temporary)
-            temporary.chmod(mode)
+            save_tensors(state, temporary)
     first_name, encoder = next(iter(encoders.items()))
     run.write_model(
         {
