@@ -310,6 +310,18 @@ def test_groups_have_a_best_each_and_a_lone_row_none():
     assert marks(table) == [{}, {"r2": "best", "mae": "best"}, {}, {}]
 
 
+def test_what_is_read_from_one_encoder_stands_together():
+    rows = [Row({"width": width, "head": head}) for width, head in ((2, "linear"), (3, "linear"), (2, "knn"))]
+    cells = expand(Grid("g", rows=rows))
+    outcomes = [Outcome(one, 0, "bmi", [{**score(0.5), "head": one.probe["head"]}]) for one in cells]
+    (table,) = reading.read(outcomes, ("bmi",), 1, find_references([], cells), Told(1))
+    names = [(one.line.cell.name, one.line.head) for one in table.entries]
+    assert names == [("width=2", "linear"), ("width=2", "knn"), ("width=3", "linear")]
+    (group,) = table.groups
+    labels = [reading.label(one, group, table) for one in table.entries]
+    assert labels == ["width=2 (linear on cls)", "width=2 (knn on cls)", "width=3 (linear on cls)"]
+
+
 def test_verdicts_know_that_an_error_is_better_when_lower():
     table = table_of([(0.5, 3.0), (0.7, 2.0), (0.5, 3.01)], 0.05)
     assert [entry.is_reference for entry in table.entries] == [True, False, False]

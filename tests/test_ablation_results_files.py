@@ -40,7 +40,7 @@ rows:
 WRITTEN = ("results.csv", "summary.csv", "costs.csv", "results.md", "results.tex", "report.html")
 FIGURES = tuple(f"figures/{kind}-bmi.{form}" for kind in ("scores", "differences") for form in ("svg", "png"))
 HEADER = ["mask", "width", "loss_weight", "seeds", "head", "features", "r2 [95 %]", "MAE [95 %]"]
-HEADER += ["r2 - reference [95 %]", "verdict", "r2 published*"]
+HEADER += ["r2 - reference", "verdict", "r2 published*"]
 
 
 def prepare(folder: Path, **flags) -> Job:

@@ -175,8 +175,9 @@ def findings(table: Table) -> Iterator[str]:
         return
     metric = table.metrics[0]
     for group in table.groups:
-        prefix = title(group, table)
-        yield (f"{prefix}: " if prefix else "") + " ".join(_sentences(group, table, metric))
+        prefix, said = title(group, table), " ".join(_sentences(group, table, metric))
+        if said:
+            yield f"{prefix}: {said}" if prefix else said
 
 
 def _sentences(group: Group, table: Table, metric: str) -> Iterator[str]:

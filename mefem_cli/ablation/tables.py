@@ -48,7 +48,7 @@ class Content:
 def header(table: Table) -> list[str]:
     """Return the names of the columns."""
     metrics = [f"{TITLES[name]} [95 %]" for name in table.metrics]
-    compared = [f"{TITLES[table.metrics[0]]} - reference [95 %]", "verdict"] if table.is_compared else []
+    compared = [f"{TITLES[table.metrics[0]]} - reference", "verdict"] if table.is_compared else []
     published = [f"{TITLES[name]} published*" for name in table.published]
     return [*table.options, *["seeds"] * (table.num_seeds > 1), "head", "features", *metrics, *compared, *published]
 
@@ -98,14 +98,15 @@ def _content(interval: Interval | None, mark: str = "", sign: str = "") -> Conte
     return Content(text, brackets, mark)
 
 
-def captions(table: Table) -> list[str]:
-    """Return what a reader must know to read a table."""
-    found = [reading.CAPTION_ONE_SEED if table.num_seeds == 1 else reading.CAPTION_SEEDS]
-    if any(entry.marks for entry in table.entries):
+def captions(tables: Sequence[Table]) -> list[str]:
+    """Return what a reader must know to read tables."""
+    has_seeds = any(table.num_seeds > 1 for table in tables)
+    found = [reading.CAPTION_SEEDS if has_seeds else reading.CAPTION_ONE_SEED]
+    if any(entry.marks for table in tables for entry in table.entries):
         found.append(reading.CAPTION_BEST)
-    if table.is_compared:
+    if any(table.is_compared for table in tables):
         found.append(reading.CAPTION_DIFFERENCES)
-    if table.published:
+    if any(table.published for table in tables):
         found.append(f"* {reading.CAPTION_PUBLISHED}")
     return found
 
@@ -178,7 +179,7 @@ def document(
     parts = [f"# Ablation {name}"]
     for table in tables:
         parts += [f"## {table.task}", to_markdown(table), "\n".join(f"- {one}" for one in reading.findings(table))]
-    parts += ["\n".join(f"- {one}" for one in dict.fromkeys(one for table in tables for one in captions(table)))]
+    parts += ["\n".join(f"- {one}" for one in captions(tables))]
     if failures:
         parts += ["## Failed", "\n".join(f"- {one}" for one in failures)]
     parts += ["## Cost", aligned([COST_HEADER, *cost_rows(costs)]), COST_CAPTION]
@@ -233,7 +234,7 @@ def to_latex(name: str, tables: Sequence[Table]) -> str:
         r"% \usepackage{booktabs} in the preamble, \input{results.tex} where the tables belong.",
     ]
     for table in tables:
-        parts += ["", f"% {_one_line(table.task)}", *(f"% {one}" for one in captions(table)), *_tabular(table)]
+        parts += ["", f"% {_one_line(table.task)}", *(f"% {one}" for one in captions([table])), *_tabular(table)]
     return "\n".join(parts) + "\n"
 
 

@@ -67,6 +67,7 @@ def page(
         body += [html.heading("Failed"), html.points(failures)]
     for table in found:
         body += _task(table, drawn.get(table.task, {}))
+    body += [html.heading("How to read the tables"), html.points(tables.captions(found))]
     body += [html.heading("Cost"), html.table(tables.COST_HEADER, tables.cost_rows(costs))]
     body += [f'<p class="soft">{escape(tables.COST_CAPTION)}</p>']
     body += [html.heading("What this does not say"), html.points(NOT_SAID)]
@@ -95,7 +96,6 @@ def _task(table: Table, figures: Mapping[str, Drawing]) -> Iterator[str]:
         told = LOWER.format(names=" and ".join(lower)) if lower else ""
         yield _figure(figures["differences"], DIFFERENCES.format(lower=told).strip())
     yield _table(table)
-    yield '<div class="soft">' + html.points(tables.captions(table)) + "</div>"
 
 
 def _figure(drawing: Drawing, caption: str) -> str:

@@ -85,7 +85,7 @@ def _drawing(table: Table, places: Sequence[_Place], draw_entry: Callable[..., N
                     draw_entry(axis, place.entry, metric, place.y)
             axis.grid(False, axis="y")
             axis.set_xlabel(TITLES[metric] + minus)
-            axis.locator_params(axis="x", nbins=6)
+            axis.locator_params(axis="x", nbins=5)
             axis.tick_params(axis="y", length=0)
             axis.spines[["left", "right"]].set_visible(False)
         _name_rows(axes[0], places)
