@@ -38,7 +38,7 @@ from mefem_cli.stores import product as products
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.feature_parts import Parts, PartWriter
 from mefem_cli.stores.features import JOINED, KINDS, FeatureStore, FeatureWriter, refuse_unstorable
-from mefem_cli.stores.product import ProductOptions
+from mefem_cli.stores.product import ProductOptions, parse_shard
 
 RUNS = Path("runs")
 WRITES_AHEAD = 3  # batches on their way to the disk
@@ -57,10 +57,20 @@ class EmbedOptions:
     dtype: Literal["float16", "float32"] = "float16"  # precision in the store
     compress: Literal["zstd"] | None = None  # compress the store; readers then need the package hdf5plugin
     gpus: int = 1  # GPUs of this machine to embed on, one process each; without GPUs: processes on the CPU
+    shard: str | None = None  # i/N: embed the i-th of N parts of the crops and leave it beside the store; when all are
+    # there, the same without --shard makes the store
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}: wanted 1 or more")
+        if self.shard is not None and self.gpus > 1:
+            raise UsageError(f"--shard {self.shard}: is for one process; leave --gpus out")
+        assert self.part
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of how many, from 1; (1, 1) is the whole. Raises UsageError."""
+        return parse_shard(self.shard)
 
 
 @dataclass(frozen=True)
@@ -320,6 +330,8 @@ class Job:
         """
         if self.device.torch.type == "cpu":
             allocator.keep_freed_memory()
+        if self.options.shard is not None:
+            return self._run_shard()
         with ExitStack() as stack:
             self.world.agree(lambda: self._begin(stack))
             missing = {number: one.missing() for number, one in enumerate(self.embeddings) if not one.is_complete}
@@ -329,8 +341,26 @@ class Job:
                 self.world.agree(lambda: self._embed(missing))
             return self.world.agree(lambda: self._finish(missing) if self.world.is_first else [])
 
-    def _begin(self, stack: ExitStack) -> None:
-        """Open the old stores; the first process holds the folders of the parts for all."""
+    def _run_shard(self) -> list[Done]:
+        """Write the parts of the stores that hold one share of the crops; other processes write theirs meanwhile."""
+        number, count = self.options.part
+        world = World(number - 1, count)
+        with ExitStack() as stack:
+            self._begin(stack, rank=world.rank)
+            share = np.arange(len(self.crops))[world.share(len(self.crops))]
+            missing = {index: np.intersect1d(one.missing(), share) for index, one in enumerate(self.embeddings)}
+            if any(map(len, missing.values())):
+                announce(self.device)
+                self._embed(missing, world.rank)
+        folders = [feature_parts.folder_of(one.out) for one in self.embeddings]
+        found = [Parts(folder).unreadable for folder in folders]
+        return [
+            Done(folder, len(share), len(missing[index]), sum(self.crops.ids[row] in broken for row in share))
+            for index, (folder, broken) in enumerate(zip(folders, found, strict=True))
+        ]
+
+    def _begin(self, stack: ExitStack, rank: int | None = None) -> None:
+        """Open the old stores; the first process holds the folders of the parts for all, or a shard's for its rank."""
         for one in self.embeddings:
             one.open_old(self.product.overwrite)
             stack.callback(one.close_old)
@@ -338,10 +368,13 @@ class Job:
             if one.is_complete:
                 console.note(f"{one.out}: complete already")
             elif self.world.is_first:
-                stack.enter_context(feature_parts.begun(one.out, one.plan(), self.product.overwrite))
+                stack.enter_context(feature_parts.begun(one.out, one.plan(), self.product.overwrite, rank))
 
-    def _embed(self, missing: dict[int, np.ndarray]) -> None:
-        """Write parts with the features of this process's share of the rows that an encoder misses."""
+    def _embed(self, missing: dict[int, np.ndarray], rank: int | None = None) -> None:
+        """Write parts with the features of this process's share of the rows that an encoder misses.
+
+        A shard's `missing` is its share already; its parts are named by its rank.
+        """
         rows = np.unique(np.concatenate([*missing.values()]))
         if len(rows) < len(self.crops):
             console.note(f"{len(rows)} of {len(self.crops)} crops are to be embedded")
@@ -349,7 +382,9 @@ class Job:
         batches = (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
         needs = {number: np.isin(np.arange(len(self.crops)), one) for number, one in missing.items()}
         writers = {
-            number: PartWriter(feature_parts.folder_of(self.embeddings[number].out), self.world.rank)
+            number: PartWriter(
+                feature_parts.folder_of(self.embeddings[number].out), self.world.rank if rank is None else rank
+            )
             for number in missing
         }
         with (

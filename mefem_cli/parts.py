@@ -74,6 +74,13 @@ class Field:
             return "on"
         return "" if self.default is None or self.default is False or self.default == [] else str(self.default)
 
+    def typed(self, value: Any) -> list[str]:
+        """Return the option with a value as words of a command line."""
+        if self.is_flag:
+            return [self.flag] if value else [f"--no-{self.flag[2:]}"] * (self.default is True)
+        values = value if self.is_list else [value]
+        return [f"{self.flag}={'none' if one is None else one}" for one in values]
+
     def parse(self, given: Any) -> Any:
         """Return `given` (text from a shell or an environment variable, a value from YAML) as the field's type."""
         if given is None and self.default is None:  # an empty value in YAML; the text "None" is nobody's wish

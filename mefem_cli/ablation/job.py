@@ -20,6 +20,7 @@ from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import problem
 from mefem_cli.executors import Lost, open_executor
 from mefem_cli.executors.local import visible_gpus
+from mefem_cli.executors.locks import LOCK, RETRY_SECONDS
 from mefem_cli.executors.options import OnOptions
 from mefem_cli.parts import Given
 from mefem_cli.stores import product as products
@@ -29,7 +30,6 @@ from mefem_cli.stores.product import ProductOptions
 
 ABLATIONS = Path("ablations")
 RESULTS, PROVENANCE, CELLS = "results.csv", "provenance.json", "cells"
-LOCK_SECONDS = 0.3  # so often another driver's lock is tried again
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,11 @@ class Job:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the folder's lock: two drivers would write the tables in turns. Waits for the other one."""
-        with (self.out / ".lock").open("a") as file:
+        with (self.out / LOCK).open("a") as file:
             if not products.lock(file):
                 console.note(f"another mefem ablate is at work in {self.out}; waiting for it ...")
                 while not products.lock(file):
-                    time.sleep(LOCK_SECONDS)
+                    time.sleep(RETRY_SECONDS)
             yield
 
     def _ordered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:

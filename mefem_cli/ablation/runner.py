@@ -17,15 +17,12 @@ A given encoder has a folder with its features, and beside it one for each seed,
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,10 +33,10 @@ from mefem_cli.ablation import steps, timing
 from mefem_cli.ablation.grid import Cell
 from mefem_cli.errors import MefemError, OutputError
 from mefem_cli.executors import Launch
+from mefem_cli.executors.locks import claimed
 from mefem_cli.stores import product
 
-NOW, FAILURES, LOCK = "now.json", "failures.json", ".lock"
-LOCK_SECONDS = 0.3  # so often a lock that another one holds is tried again
+NOW, FAILURES = "now.json", "failures.json"
 
 
 @dataclass(frozen=True)
@@ -127,39 +124,6 @@ def run_strand(strand: Strand, launch: Launch) -> list[Outcome]:
             return list(attempt.outcomes())
         finally:
             (strand.folder / NOW).unlink(missing_ok=True)
-
-
-@contextmanager
-def claimed(folder: Path, launch: Launch) -> Iterator[int]:
-    """Hold the lock of a folder, and give the descriptor that holds it to the steps; wait where another one has it."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        told = False
-        while not product.lock(lock):
-            if not told:
-                console.note(
-                    f"another mefem ablate, or a step it left behind, is at work in {folder}; waiting for it ..."
-                )
-                told = True
-            launch.wait(LOCK_SECONDS)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def is_claimed(folder: Path) -> bool:
-    """Return whether somebody is at work in a folder."""
-    try:
-        lock = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 class _Attempt:

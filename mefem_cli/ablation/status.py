@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from mefem_cli import console
 from mefem_cli.ablation import timing
-from mefem_cli.ablation.runner import FAILURES, NOW, is_claimed
+from mefem_cli.ablation.runner import FAILURES, NOW
 from mefem_cli.ablation.tables import duration
 from mefem_cli.errors import NoInputError
+from mefem_cli.executors.locks import is_claimed
 
 if TYPE_CHECKING:
     from rich.table import Table

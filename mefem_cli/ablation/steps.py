@@ -23,6 +23,7 @@ FREE = frozenset({"device", "workers", "checkpoint_every"})  # how a step runs, 
 # Set by ablate itself, or without a place in its table.
 OWNED = frozenset(
     ("out", "overwrite", "resume", "dry_run", "seed", "model", "store", "by", "quiet", "json", "config", "debug")
+    + ("on", "parts", "shard")
 )
 CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values are the files of a room
 # Options that another option's value leaves without effect.
@@ -195,14 +196,4 @@ def key(*content: Any) -> str:
 
 def arguments(given: Mapping[str, Any], step: str) -> list[str]:
     """Return options as words of a command line."""
-    words: list[str] = []
-    for name, value in given.items():
-        option = options(step)[name]
-        if option.is_flag:
-            negation = f"--no-{option.flag[2:]}"
-            words += [option.flag] if value else [negation] * (option.default is True)
-        else:
-            words += [
-                f"{option.flag}={'none' if one is None else one}" for one in (value if option.is_list else [value])
-            ]
-    return words
+    return [word for name, value in given.items() for word in options(step)[name].typed(value)]

@@ -8,6 +8,7 @@ Try: mefem crop photos/ --labels photos/labels.csv
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from mefem_cli.faces.job import CropReport
     from mefem_cli.parts import Given
 
-OPTIONS = ("faces.crop:CropOptions", "stores.product:ProductOptions", "console:ConsoleOptions")
+OPTIONS = (
+    "faces.crop:CropOptions",
+    "executors.options:PartsOptions",
+    "stores.product:ProductOptions",
+    "console:ConsoleOptions",
+)
 ARGUMENT = (
     "sources",
     "Folders (recursive), photos, videos, tar shards, CSV or Parquet tables with a column path, or quoted globs; "
@@ -30,17 +36,21 @@ NEEDS_A_DETECTOR = ("min_score", "faces", "scale", "pad")
 def run(arguments: list[str], given: Given) -> None:
     """Crop, say on stderr what came out, and print the folder's path."""
     from mefem_cli import console
-    from mefem_cli.faces import job, merge, preview
+    from mefem_cli.faces import cluster, job, merge, preview
 
     begun = time.monotonic()
     options = given.build("faces.crop", "CropOptions")
     product_options = given.build("stores.product", "ProductOptions")
+    on = given.build("executors.options", "PartsOptions")
     _warn_of_idle_options(options, given)
     if product_options.dry_run:
         preview_of = merge.preview if options.merge else preview.preview
         _print_preview(preview_of(arguments, options, product_options))
         return
-    report = (merge.merge if options.merge else job.crop)(arguments, options, product_options)
+    if not on.where.is_local:
+        report = cluster.crop(sys.modules[__name__], arguments, given, options, product_options, on)
+    else:
+        report = (merge.merge if options.merge else job.crop)(arguments, options, product_options)
     _tell(report, options.merge)
     console.product(report.out, time.monotonic() - begun, **report.counts)
 

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mefem_cli.embedding import Done
     from mefem_cli.parts import Given
 
 ARGUMENT = ("crops", "Crops folders; default: the pipe, else those of the run, else crops/.")
 OPTIONS = (
     "embedding:EmbedOptions",
+    "executors.options:PartsOptions",
     "engine.device:DeviceOptions",
     "stores.product:ProductOptions",
     "console:ConsoleOptions",
@@ -50,6 +52,12 @@ def run(arguments: list[str], given: Given) -> None:
     options: EmbedOptions = given.build("embedding", "EmbedOptions")
     machine = given.build("engine.device", "DeviceOptions")
     product = given.build("stores.product", "ProductOptions")
+    on = given.build("executors.options", "PartsOptions")
+    if not on.where.is_local and not product.dry_run:
+        from mefem_cli.executors import embedding as cluster
+
+        _print(cluster.embed(sys.modules[__name__], folders, given, options, product, on), begun)
+        return
     if is_alone and options.gpus > 1 and not product.dry_run:
         raise SystemExit(launch.run_processes(options.gpus, [*sys.argv[1:], *words]))
     with distributed.session(machine.device) as world:
@@ -61,6 +69,12 @@ def run(arguments: list[str], given: Given) -> None:
                 job.print_plan()
             return
         done = job.run()
+    _print(done, begun)
+
+
+def _print(done: list[Done], begun: float) -> None:
+    from mefem_cli import console
+
     seconds = time.monotonic() - begun
     for one in done:
         rejects = {"unreadable": one.unreadable} if one.unreadable else {}

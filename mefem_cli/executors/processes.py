@@ -105,7 +105,7 @@ class Processes:
         with theirs:
             command = [sys.executable, "-m", "mefem_cli.executors.warm", str(theirs.fileno())]
             process = subprocess.Popen(
-                [*command, "cold"] if PROGRAM else command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=self._environment,

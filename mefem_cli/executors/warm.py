@@ -1,4 +1,4 @@
-"""The server behind `processes.py`: it has imported what the commands need, and forks for each of them.
+"""The server behind `processes.py`: it imports what the commands need, once, and forks for each of them.
 
 Run as `python -m mefem_cli.executors.warm FD`, a socket on which requests come: 8 bytes that say how long the JSON is
 that follows, and with them the descriptors of the pipe for process id and exit code, of the log, and of what else the
@@ -38,6 +38,7 @@ MODULES = (
     "mefem_cli.reports.plan",
     "sklearn.linear_model",
 )
+COMMANDS = ("pretrain", "embed", "probe")  # that need them
 PR_SET_PDEATHSIG = 1  # prctl(2)
 MOST_DESCRIPTORS = 8
 
@@ -75,6 +76,8 @@ def serve(connection: socket.socket) -> Request | None:
                     os.kill(pid, signal.SIGTERM)
                 continue
             content, (status, log, *kept) = received
+            if content["words"][0] in COMMANDS and not content["program"]:
+                _import_all()
             pid = os.fork()
             if pid == 0:
                 _become_a_command(server, [wake, wake_end, connection.detach(), status, *pipes.values()])
@@ -150,8 +153,6 @@ def _import_all() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] != ["cold"]:
-        _import_all()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
         _run(request)

@@ -24,6 +24,7 @@ from mefem_cli.faces.geometry import Square
 from mefem_cli.faces.rows import CONTENT, STILL_FRAME, Row, failed_row, new_row
 from mefem_cli.faces.source import NOTHING, Given, GivenFace, Source
 from mefem_cli.stores.crops import IMAGES, KEYPOINTS, OK, path_to_text
+from mefem_cli.stores.product import parse_shard
 
 LONGEST_NAME = 255  # bytes that file systems allow in one name
 LARGEST_BOX = 2  # longer sides of the picture; a given box of more is a mistake
@@ -81,13 +82,7 @@ class CropOptions:
     @property
     def part(self) -> tuple[int, int]:
         """Which part of how many; (1, 1) is the whole. Raises UsageError."""
-        if self.shard is None:
-            return 1, 1
-        if match := re.fullmatch(r"(\d+)/(\d+)", self.shard):
-            index, count = int(match[1]), int(match[2])
-            if 1 <= index <= count:
-                return index, count
-        raise UsageError(f"--shard {self.shard}: wanted i/N with i from 1 to N, as in 1/4, 2/4, 3/4 and 4/4")
+        return parse_shard(self.shard)
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -154,17 +154,18 @@ def _keys(ids: Sequence[str] | np.ndarray, digests: Sequence[str] | np.ndarray) 
 
 
 @contextmanager
-def begun(store: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
+def begun(store: Path, plan: Mapping[str, Any], overwrite: bool, rank: int | None = None) -> Iterator[None]:
     """Hold the folder for the parts of a store, made where there is none, for this process alone.
 
-    Raises OutputError where another process holds it, or where a store was begun by another plan, unless `overwrite`:
-    then that one's parts are thrown away.
+    With a `rank` it is held together with processes of other ranks, each of which writes parts of its own. Raises
+    OutputError where another process holds it, or where a store was begun by another plan, unless `overwrite`: then
+    that one's parts are thrown away.
     """
     folder = folder_of(store)
     content = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(plan))}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
-        if not product.lock(file):
+        if not product.lock(file, shared=rank is not None):
             raise OutputError(f"{store}: another mefem embed writes it now; wait for it or name another -o")
         known = _read_plan(folder)
         if known is not None and known != content:
@@ -175,9 +176,10 @@ def begun(store: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Non
                 )
             for part in folder.glob("*.npz"):
                 part.unlink()
-        for left_by_a_kill in folder.glob(".*.tmp"):
+        for left_by_a_kill in folder.glob(".*.tmp" if rank is None else f".*-{rank}.npz.*.tmp"):
             left_by_a_kill.unlink(missing_ok=True)
-        product.write_json(folder / PLAN, content)
+        if known != content:
+            product.write_json(folder / PLAN, content)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,21 @@ class ProductOptions:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit {self.limit}: wanted 1 or more")
+
+
+def parse_shard(typed: str | None) -> tuple[int, int]:
+    """Return which part of how many `--shard i/N` means, (1, 1) without it. Raises UsageError.
+
+    >>> parse_shard("2/4"), parse_shard(None)
+    ((2, 4), (1, 1))
+    """
+    if typed is None:
+        return 1, 1
+    if match := re.fullmatch(r"(\d+)/(\d+)", typed):
+        index, count = int(match[1]), int(match[2])
+        if 1 <= index <= count:
+            return index, count
+    raise UsageError(f"--shard {typed}: wanted i/N with i from 1 to N, as in 1/4, 2/4, 3/4 and 4/4")
 
 
 @contextmanager
@@ -160,14 +176,17 @@ def refuse_others(path: Path, overwrite: bool, holds: str) -> bool:
     return True
 
 
-def lock(file: Any) -> bool:
-    """Lock an open file until it is closed; return whether it was free. It does not wait."""
+def lock(file: Any, shared: bool = False) -> bool:
+    """Lock an open file until it is closed; return whether it was free. It does not wait.
+
+    A `shared` lock may be held by several at once, but not beside one that is not.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: no lock, what is written is atomic all the same
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a network file system without locks
