@@ -39,7 +39,7 @@ MODULES = (
     "sklearn.linear_model",
 )
 COMMANDS = ("pretrain", "embed", "probe")  # that need them
-PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # prctl(2)
 MOST_DESCRIPTORS = 8
 
 
@@ -140,6 +140,8 @@ def _run(request: Request) -> None:
     if request.program:
         os.execv(request.program[0], [*request.program, *request.words])
     sys.argv = ["mefem", *request.words]
+    if sys.platform == "linux":  # what `top` shows, 15 characters
+        ctypes.CDLL(None).prctl(PR_SET_NAME, f"mefem {request.words[0]}".encode())
     from mefem_cli.main import main
 
     main()
