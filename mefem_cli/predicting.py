@@ -86,8 +86,6 @@ def predict(
                 found = {one.id: one for one in of_store(head, store, options.level)}
         for row in rows:
             yield found.get(row["id"]) or _rejected(row)
-    if not found:
-        raise NoInputError("no face could be used; the column reject says why")
 
 
 def open_head(options: PredictOptions) -> Head:

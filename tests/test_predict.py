@@ -208,6 +208,9 @@ def test_rejected_photos_are_rows_with_the_reason(work, mefem, tmp_path):
     code, text, said = mefem(*words)
     assert code == 3 and "no face could be used" in said
     assert [row["source"].endswith("b.jpg") for row in rows_of(text)] == [True]
+    code, text, said = mefem(*words, "-o", str(tmp_path / "none.csv"))
+    assert (code, text) == (3, "") and "none.csv says why" in said
+    assert [row["reject"][:10] for row in rows_of((tmp_path / "none.csv").read_text())] == ["unreadable"]
 
 
 def test_strange_faces_and_predictions_beyond_the_labels_are_warned_of(work, mefem, tmp_path):

@@ -55,18 +55,27 @@ def run(arguments: list[str], given: Given) -> None:
     if not output.out:
         import sys
 
-        _write(sys.stdout, found, head)
+        _refuse_none(_write(sys.stdout, found, head), "the column reject")
         return
     out = Path(output.out)
     if out.is_dir() or (out.exists() and not output.overwrite):
         raise OutputError(f"{out} exists; type --overwrite to replace it or -o for another place")
     with product.writing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        count = _write(file, found, head)
-    console.product(out, time.monotonic() - begun, faces=count)
+        predicted, rejected = _write(file, found, head)
+    _refuse_none((predicted, rejected), f"the column reject of {out}")
+    console.product(out, time.monotonic() - begun, faces=predicted + rejected)
 
 
-def _write(file: TextIO, found: Iterable[Prediction], head: Head) -> int:
-    """Write rows as they come; return how many there are."""
+def _refuse_none(counts: tuple[int, int], where: str) -> None:
+    """Raise NoInputError where all faces were rejected; the rows that say why are written by then."""
+    from mefem_cli.errors import NoInputError
+
+    if not counts[0]:
+        raise NoInputError(f"no face could be used; {where} says why")
+
+
+def _write(file: TextIO, found: Iterable[Prediction], head: Head) -> tuple[int, int]:
+    """Write rows as they come; return how many faces were predicted, and how many rejected."""
     import csv
     import json
 
@@ -74,14 +83,14 @@ def _write(file: TextIO, found: Iterable[Prediction], head: Head) -> int:
 
     columns = predicting.columns(head)
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-    count = 0
+    predicted = rejected = 0
     for one in found:
         if console.wants_json():
             file.write(json.dumps(predicting.as_json(one, head), allow_nan=False) + "\n")
         else:
-            if not count:
+            if not predicted + rejected:
                 writer.writeheader()  # not before: where encoder or head are refused, stdout stays empty
             writer.writerow(predicting.as_row(one))
-        count += 1
+        predicted, rejected = predicted + (not one.reject), rejected + bool(one.reject)
     file.flush()
-    return count
+    return predicted, rejected
