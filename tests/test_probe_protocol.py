@@ -131,8 +131,30 @@ def test_heights_in_another_unit_are_named(factor, unit):
     if unit == "inches":  # some inches pass for centimetres: the note is there all the same
         assert "looks like inches" in bmi.target(labels).notes[0]
         return
-    with pytest.raises(NoInputError, match=f"looks like {unit}"):
+    with pytest.raises(NoInputError, match=f"all values look like {unit}"):
         load_target(labels, "bmi")
+
+
+def test_some_heights_in_metres_and_weights_in_pounds_are_named():
+    height, weight = np.array([175.0, 1.8, 1.6, 180]), np.array([70.0, 90, 60, 80])
+    made = bmi.target({"weight_kg": weight, "height_cm": height})
+    assert made.notes[0] == "height_cm: 2 of 4 values look like metres (e.g. 1.8); multiply them by 100"
+    assert not [note for note in made.notes if "inches" in note or "pounds" in note]
+    tall = np.array([175.0, 180, 160, 180])
+    notes = bmi.target({"weight_kg": weight / 0.4536, "height_cm": tall}).notes
+    assert notes == ("weight_kg looks like pounds (median body mass index 53.1); multiply it by 0.4536",)
+    assert bmi.target({"weight_kg": weight, "height_cm": tall}).notes == ()
+
+
+def test_words_among_numbers_are_named_rather_than_made_classes_of_all_numbers():
+    cells = text(*(f"{20 + number / 10:.1f}" for number in range(30)), "unknown", "NA")
+    with pytest.raises(UsageError, match="label x: 'unknown' is no number, as 30 other values are; empty it"):
+        load_target({"x": cells}, "x")
+    assert load_target({"x": cells}, "x", "classification").kind == "classification"
+    grades = text("1", "2", "3", "unknown")
+    assert load_target({"x": grades}, "x").classes == ("1", "2", "3", "unknown")
+    names = text(*(f"p{number}" for number in range(30)), "7")
+    assert load_target({"x": names}, "x").kind == "classification"
 
 
 def test_ages_out_of_range_are_left_out():
@@ -211,7 +233,7 @@ def test_people_and_copies_stay_in_one_fold(make_store):
     problem = prepare(store, "age", FAST)
     assert (problem.num_groups, len(problem.ids)) == (99, 200)
     assert problem.fold[0] == problem.fold[199] == problem.fold[100] == problem.fold[99]
-    assert any("share a photo" in note for note in problem.notes)
+    assert any("1 person shares a photo" in note for note in problem.notes)
     for number, inner in enumerate(problem.inner):
         group = problem.group[problem.fold != number]
         assert all(len(np.unique(inner[group == one])) == 1 for one in np.unique(group))

@@ -104,7 +104,10 @@ def known_names(name: str, known: Iterable[str]) -> str:
     if not known:
         return "; the store has no labels: give a table to `mefem crop --labels TABLE`"
     hint = did_you_mean(name, known)
-    return hint if hint.startswith("; there is") else f"{hint}; there is {', '.join(known)}"
+    if hint.startswith("; there is"):
+        return hint
+    there_is = f"there is {', '.join(known)}"
+    return f"{hint} ({there_is})" if hint else f"; {there_is}"
 
 
 def _needed(
@@ -132,14 +135,16 @@ def without_missing_texts(values: np.ndarray) -> np.ndarray:
     """Return text with "NA", "null" and the like emptied; numbers as they are."""
     if values.dtype.kind in "biuf":
         return values
-    texts = [str(cell).strip() for cell in values]
-    return np.array(["" if text.lower() in MISSING_TEXTS else text for text in texts], dtype=object)
+    texts = {cell: str(cell).strip() for cell in set(values)}  # few, of a class, however many the faces
+    kept = {cell: "" if text.lower() in MISSING_TEXTS else text for cell, text in texts.items()}
+    return np.array([kept[cell] for cell in values], dtype=object)
 
 
 def _target(task: str, made: Values, kind: str | None) -> Target:
     values = without_missing_texts(made.values)
     as_float = numbers(values)
     if kind is None:
+        _refuse_text_among_numbers(task, values, as_float)
         kind = "regression" if as_float is not None and not looks_like_classes(as_float) else "classification"
     if kind == "regression":
         values = as_float if as_float is not None else as_numbers(task, values)
@@ -166,6 +171,20 @@ def looks_like_classes(values: np.ndarray) -> bool:
     """Return whether numbers are few and whole, as 0/1 or grades are."""
     distinct = np.unique(values[np.isfinite(values)])
     return len(distinct) <= MAX_NUMERIC_CLASSES and bool((distinct == np.round(distinct)).all())
+
+
+def _refuse_text_among_numbers(task: str, values: np.ndarray, as_float: np.ndarray | None) -> None:
+    """Raise UsageError where a number for most faces holds a few words, which would make every number a class."""
+    if as_float is not None:
+        return
+    cells = sorted({str(cell) for cell in values} - {""})
+    odd = [cell for cell in cells if numbers(np.array([cell], dtype=object)) is None]
+    num_numbers = len(cells) - len(odd)
+    if num_numbers > max(MAX_NUMERIC_CLASSES, len(odd)):
+        raise UsageError(
+            f"label {task}: {odd[0][:40]!r} is no number, as {num_numbers} other values are; empty it in the labels or "
+            "type --kind classification"
+        )
 
 
 def _refuse_useless(task: str, values: np.ndarray, made: Values) -> None:
