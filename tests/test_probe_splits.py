@@ -360,7 +360,7 @@ def test_a_planted_look_alike_shares_the_fold(make_store):
     assert problem.group[119] == problem.group[118] == problem.group[0]
     assert problem.group[117] != problem.group[2]
     assert problem.fold[119] == problem.fold[0]
-    assert any("1 people have a photo that looks the same as another's" in note for note in problem.notes)
+    assert any("1 person has a photo that looks the same as another's" in note for note in problem.notes)
 
 
 def test_chains_of_likeness_end(make_store, monkeypatch):

@@ -340,7 +340,7 @@ def test_the_files_of_a_data_set_are_found_or_named(tmp_path):
 
 def test_bmi_says_what_is_wrong_with_a_height_in_metres():
     made = bmi.target({"weight_kg": np.array([70.0, 80]), "height_cm": np.array([1.7, 1.8])})
-    assert "height_cm looks like metres" in made.notes[0]
+    assert made.notes[0] == "height_cm: all values look like metres (e.g. 1.7); multiply them by 100"
 
 
 def test_json_lines_are_valid(celeba_store, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mefem_cli.console import plural
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.evaluation import duplicates, labels, splits
 from mefem_cli.evaluation.folds import assign_folds, strata
@@ -170,11 +171,14 @@ def _groups(
         column: store.meta[column][rows] for column in ("phash", *duplicates.DUPLICATE_COLUMNS) if column in store.meta
     }
     found = duplicates.cluster(store.ids[rows], labels.without_missing_texts(people)[rows], columns)
-    who = "people" if people.dtype.kind == "f" or (people != "").any() else "faces"
+    has_people = people.dtype.kind == "f" or (people != "").any()
+    who, one_who = ("people", "person") if has_people else ("faces", "face")
     if found.num_exact:
-        notes.append(f"{found.num_exact} {who} share a photo with another; they stay in one fold")
+        shares = f"{plural(found.num_exact, one_who, who)} {'shares' if found.num_exact == 1 else 'share'}"
+        notes.append(f"{shares} a photo with another; they stay in one fold")
     if found.num_alike:
-        notes.append(f"{found.num_alike} {who} have a photo that looks the same as another's; they stay in one fold")
+        has = f"{plural(found.num_alike, one_who, who)} {'has' if found.num_alike == 1 else 'have'}"
+        notes.append(f"{has} a photo that looks the same as another's; they stay in one fold")
     if found.num_refused:
         notes.append(
             f"{found.num_refused} more look the same, but would chain over {duplicates.MAX_PEOPLE} {who} together; "
@@ -247,8 +251,8 @@ def _given_folds(problem: Problem, options: ProbeOptions, split: Split | None, s
 
 
 def _refuse_small_training(problem: Problem, rows: np.ndarray, why: str) -> None:
-    num_groups = len(np.unique(problem.group[rows]))
-    if num_groups < MIN_TRAIN_GROUPS or len(np.unique(problem.target[rows])) < 2:
+    num_groups, target = np.count_nonzero(np.bincount(problem.group[rows])), problem.target[rows]
+    if num_groups < MIN_TRAIN_GROUPS or (target == target[0]).all():
         what = f"{len(rows)} faces of {num_groups} people"
         raise UsageError(
             f"task {problem.task}: {why} there are {what} to learn from"
@@ -262,7 +266,7 @@ def _refuse_too_few(problem: Problem, num_folds: int) -> None:
     num_groups = len(np.unique(group))
     if num_groups < num_folds:
         raise UsageError(
-            f"task {problem.task}: {len(values)} faces of {num_groups} groups have the label, fewer than the "
+            f"task {problem.task}: {len(values)} faces of {plural(num_groups, 'group')} have the label, fewer than the "
             f"{num_folds} folds; label more faces" + (f" or type --folds {num_groups}" if num_groups > 1 else "")
         )
     if not problem.classes and len(np.unique(values)) == 1:

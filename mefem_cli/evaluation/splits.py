@@ -41,8 +41,8 @@ class Split:
         fold, chooses = self.fold[rows], self.chooses[rows]
         present = [number for number in range(len(self.names)) if (fold == number).any()]
         new = {number: position for position, number in enumerate(present)}
-        fold = np.array([new.get(int(number), int(number)) for number in fold], int)
-        return Split(fold, chooses, tuple(self.names[number] for number in present))
+        renumbered = np.array([*(new.get(number, -1) for number in range(len(self.names))), LEFT_OUT, LEARNED_FROM])
+        return Split(renumbered[fold], chooses, tuple(self.names[number] for number in present))
 
 
 def parse(values: np.ndarray, what: str) -> Split:
@@ -58,14 +58,14 @@ def parse(values: np.ndarray, what: str) -> Split:
     if as_numbers is not None:
         return _by_number(as_numbers, what)
     part_of = {word: part for part, words in WORDS.items() for word in words}
-    found = [part_of.get(str(cell).lower(), str(cell)) for cell in values]
-    if odd := set(found) - {*WORDS, ""}:
+    known = {cell: part_of.get(str(cell).lower(), str(cell)) for cell in set(values)}
+    if odd := set(known.values()) - {*WORDS, ""}:
         raise UsageError(f'{what}: "{min(odd):.40}" is none of train, val, test, nor are all cells whole numbers')
-    present = set(found) - {""}
+    present = set(known.values()) - {""}
     tested = "test" if "test" in present else "val"
     if not present - {tested} or tested not in present:
         raise UsageError(f"{what} holds only {' and '.join(sorted(present)) or 'empty cells'}; wanted train and test")
-    part = np.array(found, dtype=object)
+    part = np.array([known[cell] for cell in values], dtype=object)
     fold = np.where(part == tested, 0, np.where(part == "", LEFT_OUT, LEARNED_FROM))
     return Split(fold, (part == "val") & (tested == "test"), (tested,))
 

@@ -66,7 +66,7 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
 
 def scaling(train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and 1 / standard deviation of features [n, D], each (D,); the scale of a constant is 0."""
-    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
     is_constant = deviation <= 1e-9 * np.maximum(np.abs(mean), 1e-300)
     return mean, np.where(is_constant, 0, 1 / np.where(is_constant, 1, deviation))
 

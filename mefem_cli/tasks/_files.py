@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -48,13 +48,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def read_words(path: Path) -> list[list[str]]:
-    """Return the words of each line of a text file, without empty lines. Raises NoInputError if it cannot be read."""
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises NoInputError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise NoInputError(f"{path}: {error.strerror}; wanted a text file") from error
-    return [words for line in text.splitlines() if (words := line.split())]
+    return [line for line in text.splitlines() if line and not line.isspace()]
 
 
 def last_parts(sources: np.ndarray, count: int = 1) -> list[str]:
@@ -63,7 +63,7 @@ def last_parts(sources: np.ndarray, count: int = 1) -> list[str]:
     >>> last_parts(np.array(["/data/Train/1.JPG", ""]), 2)
     ['train/1.jpg', '']
     """
-    return ["/".join(PurePosixPath(str(source)).parts[-count:]).lower() for source in sources]
+    return ["/".join(str(source).rsplit("/", count)[-count:]).lower() for source in sources]
 
 
 def stems(names: Sequence[str]) -> list[str]:
@@ -72,4 +72,4 @@ def stems(names: Sequence[str]) -> list[str]:
     >>> stems(["000001.jpg", ""])
     ['000001', '']
     """
-    return [PurePosixPath(name).stem for name in names]
+    return [name.rpartition(".")[0] or name for name in names]
