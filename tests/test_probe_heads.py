@@ -72,6 +72,31 @@ def test_logistic_equals_scikit_learn():
     assert (fitted.output.argmax(axis=1) == learnable("classification")[1][fold.test]).mean() > 0.8
 
 
+def test_logistic_of_many_rows_chooses_its_penalty_on_some_and_learns_from_all(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, width = 3000, 12
+    features = rng.normal(2, 3, size=(rows, width)).astype(np.float16)
+    logits = features.astype(float) @ rng.normal(size=width) / 6
+    target = (logits - logits.mean() + rng.logistic(size=rows) > 0).astype(np.int64)
+    inner = np.where(np.arange(2500) % 5 == 0, 0, -1)  # one part to choose on, as a data set's own
+    fold = Fold(features, np.arange(2500), np.arange(2500, rows), target[:2500], inner, 2)
+    everyone = linear.fit_predict(fold, linear.Options())
+    monkeypatch.setattr(linear, "CHOICE_ROWS", 400)
+    monkeypatch.setattr(linear, "MANY_VALUES", 1)  # single precision
+    seen = []
+    path = linear.logistic_path
+    monkeypatch.setattr(linear, "logistic_path", lambda *args: seen.append(args) or path(*args))
+    found = linear.fit_predict(fold, linear.Options())
+    ((train_x, train_y, valid_x, *_),) = seen
+    assert (len(train_x), len(train_y), len(valid_x)) == (400, 400, 500)
+    held_out = {row.tobytes() for row in features[:2500][inner == 0].astype(np.float32)}
+    assert not held_out & {row.tobytes() for row in train_x}
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / found.chosen["penalty"], tol=1e-8, max_iter=1000))
+    expected = model.fit(features[:2500].astype(float), target[:2500]).predict_proba(features[2500:].astype(float))
+    np.testing.assert_allclose(found.output, expected, atol=2e-3)
+    assert np.abs(found.output - everyone.output).max() < 0.05  # 400 rows choose nearly the same penalty
+
+
 def test_logistic_without_a_class_in_the_training_rows():
     rng = np.random.default_rng(0)
     train, test = rng.normal(size=(20, 3)), rng.normal(size=(4, 3))
@@ -225,6 +250,13 @@ def test_trained_heads_learn_and_repeat(module, shape):
     np.testing.assert_array_equal(first.output, second.output)
     assert not np.array_equal(first.output, module.fit_predict(replace(fold, seed=4), options).output)
     assert 1 - ((first.output - target[test]) ** 2).mean() / target[test].var() > 0.8
+
+
+@pytest.mark.parametrize("module", [attentive, mlp])
+def test_by_default_20_heads_are_trained(module):
+    options = module.Options()
+    recipe = _grid.Recipe(options.learning_rates, options.weight_decays, options.epochs, options.head_batch)
+    assert len({*recipe.rates}) * len({*recipe.decays}) == 20
 
 
 def test_schedule_warms_up_and_ends_at_zero():

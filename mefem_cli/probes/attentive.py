@@ -28,7 +28,7 @@ class Options:
     """Heads trained by gradient, attentive and mlp."""
 
     learning_rates: str = "3e-4,1e-3,3e-3,1e-2,3e-2"  # learning rates to choose among (attentive, mlp)
-    weight_decays: str = "0.01,1"  # weight decays to choose among, with each learning rate (attentive, mlp)
+    weight_decays: str = "0.01,0.3,1,3"  # weight decays to choose among, with each learning rate (attentive, mlp)
     epochs: int = 20  # passes over the training fold; the best is chosen inside (attentive, mlp)
     head_batch: int = 64  # faces in a training step of a head (attentive, mlp)
 
@@ -99,7 +99,7 @@ class AttentivePooler(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [G, B, outputs] from tokens [B, T, D]."""
         query = self.query[:, None] + self.attend(tokens)  # [G, B, D]
-        normed = _layer_norm(query) * self.norm_gain[:, None] + self.norm_shift[:, None]
+        normed = torch.addcmul(self.norm_shift[:, None], _layer_norm(query), self.norm_gain[:, None])
         hidden = functional.gelu(torch.baddbmm(self.expand_bias[:, None], normed, self.expand))
         query = query + torch.baddbmm(self.contract_bias[:, None], hidden, self.contract)
         return torch.baddbmm(self.readout_bias[:, None], query, self.readout)
@@ -110,7 +110,7 @@ class AttentivePooler(nn.Module):
         attention_heads = self.num_attention_heads
         z = _layer_norm(tokens)  # [B, T, D]
         pooled = (self._attention(z) @ z).unflatten(1, (heads, attention_heads))  # [B, G, H, D]
-        pooled = pooled * self.token_gain[:, None] + self.token_shift[:, None]
+        pooled = torch.addcmul(self.token_shift[:, None], pooled, self.token_gain[:, None])
 
         value = self.value.view(heads, attention_heads, width // attention_heads, width)
         gathered = torch.einsum("bghi,ghoi->gbho", pooled, value).flatten(2)  # [G, B, D]

@@ -21,7 +21,7 @@ class Options:
 
     hidden: int = 256  # width of the hidden layer
     learning_rates: str = "3e-4,1e-3,3e-3,1e-2,3e-2"  # learning rates to choose among
-    weight_decays: str = "0.01,1"  # weight decays to choose among, with each learning rate
+    weight_decays: str = "0.01,0.3,1,3"  # weight decays to choose among, with each learning rate
     epochs: int = 20  # passes over the training fold; the best is chosen inside
     head_batch: int = 64  # faces in a training step of a head
 
