@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mefem_cli import parts
 from mefem_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,8 +84,12 @@ def draw(kind: str, arguments: Sequence[str], options: ShowOptions, given: Given
 
 
 def resolved(kind: str, options: ShowOptions, given: Given) -> dict[str, object]:
-    """Return the options that a kind uses, as its picture records them."""
-    return {name: value for name, value in {**asdict(options), **given.values}.items() if name in USES[kind]}
+    """Return the options that a kind uses, as its picture records them; of masks those that were given."""
+    used: dict[str, object] = {name: value for name, value in asdict(options).items() if name in USES[kind]}
+    if kind == "masks":
+        fields = [one for name in parts.names("masks") for one in parts.read_fields(f"masks.{name}")]
+        used |= {one.name: one.parse(given.values[one.name]) for one in fields if one.name in given}
+    return used
 
 
 def _refuse_arguments(kind: str, arguments: Sequence[str], instead: str) -> None:

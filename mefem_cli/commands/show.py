@@ -83,15 +83,9 @@ def _parts(arguments: list[str]) -> None:
 def _warn_of_no_effect(kind: str, given: Given) -> None:
     from mefem_cli import console, parts, showing
 
-    of_masks = {one.name for room, part in parts.offered(_this()) for one in parts.read_fields(f"{room}.{part}")}
+    of_masks = {one.name for part in parts.names("masks") for one in parts.read_fields(f"masks.{part}")}
     known = {one.name for one in parts.read_fields("showing", "ShowOptions")} | of_masks
     used = {*showing.USES[kind], *({"out", "overwrite"} if kind != "parts" else ())}
     used |= of_masks if kind == "masks" else set()
     for name in sorted((known - used) & set(given.values)):
         console.warn(f"--{name.replace('_', '-')} has no effect with {kind}")
-
-
-def _this() -> Any:
-    import sys
-
-    return sys.modules[__name__]

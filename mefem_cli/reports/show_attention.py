@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mefem_cli.backbones import vit
-from mefem_cli.errors import MefemError, NoInputError, UsageError
+from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.faces.source import printable
 from mefem_cli.predicting import refuse_other_encoder
 from mefem_cli.probes import attentive
@@ -77,6 +77,8 @@ def _run_and_crops(arguments: Sequence[str]) -> tuple[Path, list[Path]]:
         return places[0], places[1:]
     if places and not places[0].exists():
         raise NoInputError(f"{places[0]}: no such run or crop; type mefem show attention RUN CROP...")
+    if not (RUNS / "latest").exists():
+        raise NoInputError(f"{RUNS / 'latest'}: no finished run; name one, as in mefem show attention RUN CROP...")
     return runs.latest_run(RUNS), places
 
 
@@ -175,7 +177,10 @@ def pooler_attention(head: Head, features: dict[str, torch.Tensor]) -> np.ndarra
 
 
 def _attentive_head(path: str, weights: Path, encoder: vit.ViTEncoder) -> Head:
-    """Return a head that looks at patches of this encoder. Raises what says why it does not."""
+    """Return a head that looks at patches of this encoder.
+
+    Raises UsageError for a head that looks nowhere, OutputError for one of another encoder.
+    """
     from mefem_cli.evaluation import saved
 
     head = saved.load(Path(path))
@@ -186,8 +191,5 @@ def _attentive_head(path: str, weights: Path, encoder: vit.ViTEncoder) -> Head:
         )
     which = "source" if weights.name == runs.ENCODER_FILES["source"] else "target"
     model = {"sha256": product.file_sha256(weights), "encoder": which}
-    try:
-        refuse_other_encoder(head, model, asdict(encoder.preprocessing), str(weights))
-    except MefemError as error:
-        raise UsageError(str(error)) from error
+    refuse_other_encoder(head, model, asdict(encoder.preprocessing), str(weights))
     return head

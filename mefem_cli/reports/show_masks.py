@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mefem_cli import parts
+from mefem_cli import console, parts
 from mefem_cli.backbones import vit
 from mefem_cli.engine import seeds
 from mefem_cli.errors import UsageError, did_you_mean
@@ -56,7 +56,9 @@ def sheet(options: ShowOptions, given: Given) -> Sheet:
     """Return draws and P of each mask. Raises UsageError for a mask that is none or does not fit the grid."""
     names = _names(options.mask)
     face = crop_pixels(Path(options.crops), PATCH_PX * options.grid) if options.crops else None
-    modes = [mode for name in names for mode in modes_of(name, options, given)]
+    modes = [mode for name in names for mode in _fitting(name, options, given)]
+    if not modes:
+        raise UsageError(f"--grid {options.grid}: no mask fits it; try --grid 14")
     if face is None:
         face = rendered_face(PATCH_PX * options.grid)
     rows = [Row("", [Tile("", _legend(options.cls_prob is not None), size=LEGEND_INCHES)])]
@@ -76,6 +78,18 @@ def _names(asked: list[str]) -> list[str]:
             raise UsageError(f'there is no mask "{name}"{did_you_mean(name, known)}')
     default = mefem.Options().mask
     return list(dict.fromkeys(names)) or sorted(known, key=lambda name: (name != default, name))
+
+
+def _fitting(name: str, options: ShowOptions, given: Given) -> list[Mode]:
+    """Return the modes of a mask; none where nobody asked for it and it does not fit the grid."""
+    asked = options.mask or [one for one in parts.read_fields(f"masks.{name}") if one.name in given]
+    try:
+        return list(modes_of(name, options, given))
+    except UsageError as error:
+        if asked:
+            raise
+        console.warn(f"left out: {error}")
+        return []
 
 
 # What training draws --------------------------------------------------------------------------------------------------
@@ -167,18 +181,18 @@ def _row(mode: Mode, face: np.ndarray, options: ShowOptions) -> Row:
 
 def _caption(mode: Mode, options: ShowOptions) -> str:
     num_cls = int(mode.cls_in_source is not None)
-    tokens = "token" if num_cls else "patch"
+    tokens = "tokens" if num_cls else "patches"
     in_source = int(mode.cls_in_source[0]) if mode.cls_in_source is not None else 0
     num_source = int(mode.source[0].sum()) + in_source
     num_target = int(mode.target[0].sum()) + num_cls - in_source
     left = options.grid**2 + num_cls - num_source - num_target
-    middle = options.grid // 2
     how = "exact, from the mask's table of splits" if mode.is_exact else f"counted over {NUM_DRAWS:,} draws"
+    middle, corner = (options.grid // 2, options.grid // 2), (0, 0)
     return (
-        f"{num_source} source and {num_target} target {tokens}s"
+        f"{num_source} source and {num_target} target {tokens}"
         + (f", {left} in neither" if left else "")
-        + f". P: {how}; source {mode.p_source[middle, middle]:.3f} in the middle, {mode.p_source[0, 0]:.3f} in the "
-        f"corner; target {mode.p_target[middle, middle]:.3f} and {mode.p_target[0, 0]:.3f}. {_what_it_does(mode.mask)}"
+        + f". P: {how}; source {mode.p_source[middle]:.3f} in the middle, {mode.p_source[corner]:.3f} in the top left "
+        f"corner; target {mode.p_target[middle]:.3f} and {mode.p_target[corner]:.3f}. {_what_it_does(mode.mask)}"
     )
 
 

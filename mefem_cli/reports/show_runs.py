@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -14,7 +15,7 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.reports import curves, health, html
 from mefem_cli.reports.curves import Panel
 from mefem_cli.reports.panels import panels
-from mefem_cli.reports.show_sheet import Row, Sheet, Tile
+from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at
 from mefem_cli.stores import runs
 from mefem_cli.stores.product import file_sha256
 from mefem_cli.stores.runs import ENCODER_FILES, Run
@@ -42,6 +43,8 @@ COMPARED = {
 def opened(path: Path | None) -> Run:
     """Return a run, runs/latest where none is named. Raises NoInputError where there is none."""
     if path is None:
+        if not (RUNS / "latest").exists():
+            raise NoInputError(f"{RUNS / 'latest'}: no finished run; name one, as in mefem show run RUN")
         return Run.open(runs.latest_run(RUNS))
     return Run.open(path.parent if path.is_file() else path)
 
@@ -52,6 +55,11 @@ def health_page(path: Path | None) -> Path:
     Raises NoInputError for what is no run or has measured nothing yet.
     """
     run = opened(path)
+    with _readable([run]):
+        return _health_page(run)
+
+
+def _health_page(run: Run) -> Path:
     report = run.path / health.REPORT
     if not run.metrics_path.is_file():
         raise NoInputError(f"{run.path}: nothing is measured yet (no metrics.jsonl); wait for the first epoch")
@@ -59,6 +67,18 @@ def health_page(path: Path | None) -> Path:
         state = "it is finished" if run.is_finished else "it is running or was stopped"
         health.write(run, about(run), state)
     return report
+
+
+@contextmanager
+def _readable(found: Sequence[Run]) -> Iterator[None]:
+    """Raise NoInputError in place of what a metrics.jsonl or config.yaml that somebody changed leads to."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        places = ", ".join(str(run.path) for run in found)
+        raise NoInputError(
+            f"{places}: metrics.jsonl or config.yaml is damaged ({type(error).__name__}: {error}); name other runs"
+        ) from error
 
 
 def about(run: Run) -> health.About:
@@ -90,6 +110,11 @@ def sheet(paths: Sequence[Path]) -> Sheet:
     if len(paths) > MOST_RUNS:
         raise UsageError(f"{len(paths)} runs: at most {MOST_RUNS} can be told apart; name fewer")
     found = [opened(path) for path in paths] or [opened(None)]
+    with _readable(found):
+        return _sheet(found)
+
+
+def _sheet(found: Sequence[Run]) -> Sheet:
     names = names_of([run.path for run in found])
     compared = compare({name: list(run.metrics()) for name, run in zip(names, found, strict=True)})
     if not compared:
@@ -100,7 +125,7 @@ def sheet(paths: Sequence[Path]) -> Sheet:
         for panel in compared
     )
     page = f'{health.STYLE}<div class="panels">{figures}</div>'
-    rows = [Row("", tiles, page=page, places_itself=False)]
+    rows = [Row("", tiles, page=page)]
     body = [html.table(("run", "state", "epoch", "verdict", "measured"), map(_line, names, found))]
     changed = _differences(names, found)
     if changed:
@@ -161,7 +186,27 @@ def _label(run: str) -> str:
 
 
 def _drawer(panel: Panel) -> Callable[[Any], None]:
-    return lambda figure: curves.draw_panel(figure, panel)
+    return lambda figure: curves.draw_panel(_Placed(figure), panel)  # type: ignore[arg-type]
+
+
+class _Placed:
+    """A figure for `curves.draw_panel` whose axis and legend have their places."""
+
+    def __init__(self, figure: Any):
+        self._figure = figure
+
+    def add_subplot(self) -> Any:
+        """Return the one axis."""
+        return axes_at(self._figure, 0.1, 0.17, 0.88, 0.6)
+
+    @property
+    def axes(self) -> list[Any]:
+        """All axes so far."""
+        return self._figure.axes
+
+    def legend(self, handles: list[Any], loc: str, ncols: int) -> None:
+        """Put the legend above the axis."""
+        self._figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.07, 1.0), ncols=ncols)
 
 
 def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.reports import curves, html
@@ -27,7 +27,7 @@ MARK = "mefem show"  # in the first bytes of what this makes: such a file may be
 MARK_WITHIN = 4096  # bytes
 MOST_TILES = 400  # of a picture: matplotlib lays each out for itself
 PICTURE_WIDTH = 9.8  # inches; a longer row goes on in the next line
-DPI, PAGE_DPI = 200, 96
+DPI, PAGE_DPI = 150, 96
 GAP = 0.07  # inches between tiles
 LINE, TITLE_LINE = 0.165, 0.30  # inches of a line of text, of a title with the space above it
 LETTERS = 15.5  # of a caption to an inch
@@ -51,7 +51,7 @@ class Tile:
     """One figure of a row. It is drawn by `draw` or, a photo, it is `pixels`, uint8 [H, W, 3]."""
 
     title: str = ""
-    draw: Callable[[Any], None] | None = None  # into a matplotlib Figure or SubFigure
+    draw: Callable[[Any], None] | None = None  # into a matplotlib Figure or SubFigure, with `axes_at`
     pixels: np.ndarray | None = None
     size: tuple[float, float] = (1.2, 1.2)  # inches, without its title
     hover: str = ""  # what a page shows under the pointer
@@ -66,7 +66,6 @@ class Row:
     caption: str = ""
     together: Sequence[Tile] = ()  # more tiles, which a narrow page keeps side by side
     page: str = ""  # HTML that a page shows instead of the tiles
-    places_itself: bool = True  # whether the tiles say where their axes lie (`axes_at`); else matplotlib finds room
 
     @property
     def all_tiles(self) -> list[Tile]:
@@ -173,12 +172,9 @@ def _write_picture(sheet: Sheet, path: Path, form: str, record: Mapping[str, Any
         raise UsageError(f"{num_tiles} tiles are too many for one picture; name a page, -o {path.stem}.html, or fewer")
     blocks = _blocks(sheet)
     widest = max((_width(tiles) for _, tiles, _ in blocks), default=PICTURE_WIDTH)
-    layout: Literal["constrained"] | None = None
-    if not all(row.places_itself for row in sheet.rows):
-        layout = "constrained"
     heights = [height for height, _, _ in blocks]
     with rc_context(curves.STYLE):
-        figure = Figure(figsize=(max(widest, 5.0) + 0.2, sum(heights) + 0.1), layout=layout, facecolor=PAPER)
+        figure = Figure(figsize=(max(widest, 5.0) + 0.2, sum(heights) + 0.1), facecolor=PAPER)
         FigureCanvasAgg(figure)
         parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, (_, tiles, lines) in zip(parts, blocks, strict=True):
@@ -186,8 +182,8 @@ def _write_picture(sheet: Sheet, path: Path, form: str, record: Mapping[str, Any
                 _draw_tiles(part, tiles, max(widest, 5.0))
             else:
                 _draw_lines(part, *lines)
-        tight: dict[str, Any] = {} if layout else {"bbox_inches": "tight", "pad_inches": 0.15}
-        figure.savefig(path, format=form, dpi=DPI, facecolor=PAPER, metadata=_metadata(form, record), **tight)
+        look = {"dpi": DPI, "facecolor": PAPER, "bbox_inches": "tight", "pad_inches": 0.15}
+        figure.savefig(path, format=form, metadata=_metadata(form, record), **look)  # type: ignore[arg-type]
 
 
 def _metadata(form: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +259,10 @@ def _draw_tiles(part: Any, tiles: Sequence[Tile], width: float) -> None:
 
 
 def axes_at(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
-    """Return an axis at a place in a Figure or SubFigure, in shares of it."""
+    """Return an axis at a place in a Figure or SubFigure, in shares of it.
+
+    Letting matplotlib find the place (constrained layout) takes minutes for some tens of nested figures.
+    """
     if hasattr(figure, "set_layout_engine"):
         figure.set_layout_engine("none")
     return figure.add_axes((left, bottom, width, height))

@@ -116,6 +116,8 @@ def sheet(path: Path, options: ShowOptions, is_page: bool) -> Sheet:
         rows = np.sort(rng.permutation(len(store))[:MOST_MEASURED])
         chosen = store if len(rows) == len(store) else store.select(rows)
         features = chosen.read(kind)
+        if not np.isfinite(features).all():
+            raise NoInputError(f"{path}: some of its {kind} features are not finite; make it anew with mefem embed")
         if not np.ptp(features, axis=0).any():
             raise NoInputError(f"{path}: its {kind} features are the same for all faces: there is nothing to map")
         found = components(features)
@@ -132,6 +134,8 @@ def sheet(path: Path, options: ShowOptions, is_page: bool) -> Sheet:
 
 def _kind(store: FeatureStore, asked: str | None) -> str:
     vectors = [kind for kind in ("mean", "cls") if store.has(kind)]
+    if not vectors:
+        raise NoInputError(f"{store.path}: has patches only; a map wants cls or mean features")
     if asked is not None and asked not in vectors:
         raise UsageError(f"--features {asked}: {store.path} has {' and '.join(vectors)} only")
     return asked or vectors[0]
