@@ -128,8 +128,8 @@ def test_an_encoder_without_patches_keeps_its_other_cells(crops, stand_in, tmp_p
 def test_a_presets_tasks_without_labels_are_left_out_and_typed_ones_are_not(crops, tmp_path, encoders, capsys):  # noqa: F811
     job = prepare(crops, tmp_path / "out", named=["table2"], model=[encoders[0]])
     assert job.grid.tasks == ("bmi",)
-    assert "left out: there is no label age" in capsys.readouterr().err
-    with pytest.raises(NoInputError, match="there is no label age"):
+    assert "left out: task age: there is no label age" in capsys.readouterr().err
+    with pytest.raises(NoInputError, match="task age: there is no label age"):
         prepare(crops, tmp_path / "out", named=["table2"], model=[encoders[0]], task=["bmi", "age"])
 
 

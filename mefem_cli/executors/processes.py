@@ -57,7 +57,10 @@ class Processes:
                     self._ask({"words": list(words), "environment": dict(environment or {})}, descriptors)
             os.close(status_end)
             status_end = -1
-            return self._follow(status)
+            code = self._follow(status)
+            if self._stopping:  # it ended because of that, or is not to be followed by another one
+                raise Stopping
+            return code
         finally:
             for descriptor in (status, status_end):
                 if descriptor >= 0:
@@ -93,7 +96,10 @@ class Processes:
 
     def _ask(self, request: Mapping[str, object], descriptors: list[int]) -> None:
         """Send a request to the server, started where there is none."""
-        if self._server is None or self._server[0].poll() is not None:
+        if self._server is not None and self._server[0].poll() is not None:
+            self._server[1].close()
+            self._server = None
+        if self._server is None:
             self._server = self._start_server()
         content = json.dumps({**request, "program": PROGRAM}).encode()
         connection = self._server[1]

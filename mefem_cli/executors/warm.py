@@ -8,8 +8,10 @@ It has one thread and starts none (those of OpenBLAS and jemalloc know how to li
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -17,8 +19,9 @@ import select
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 MODULES = (
     "mefem_cli.main",
@@ -144,7 +147,24 @@ def _run(request: Request) -> None:
         ctypes.CDLL(None).prctl(PR_SET_NAME, f"mefem {request.words[0]}".encode())
     from mefem_cli.main import main
 
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        _end(end.code if isinstance(end.code, int) else 0)
+
+
+def _end(code: int) -> NoReturn:
+    """End as Python does but for freeing every object: that would copy all memory that is shared with the server.
+
+    It takes a second and a half, where a command that does nothing takes 0.15 s. Threads are joined and exit functions
+    run, as `multiprocessing` does in its forks.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _import_all() -> None:
@@ -152,9 +172,11 @@ def _import_all() -> None:
     if sys.platform == "linux":
         for name in MODULES:
             importlib.import_module(name)
+        gc.freeze()  # a collection in a fork would copy the pages of all these objects
 
 
 if __name__ == "__main__":
     request = serve(socket.socket(fileno=int(sys.argv[1])))
-    if request is not None:
-        _run(request)
+    if request is None:
+        _end(0)
+    _run(request)
