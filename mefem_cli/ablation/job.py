@@ -253,6 +253,8 @@ class Job:
         from rich.console import Console
 
         terminal = Console(stderr=True)
+        if not terminal.is_terminal:
+            terminal = Console(stderr=True, width=tables.WIDTH)
         with terminal.capture() as captured:
             for table in found[: tables.MOST_ON_TERMINAL]:
                 terminal.print(tables.to_terminal(table))
