@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import rich.table
 
 REFERENCE, NOTHING = "reference", "-"
+WIDTH = 120  # characters of a table that goes into a file
 MOST_ON_TERMINAL = 6  # tables: a task may have forty targets
 LATEX = {
     "\\": r"\textbackslash{}",
