@@ -82,7 +82,7 @@ def _names(asked: list[str]) -> list[str]:
 
 def _fitting(name: str, options: ShowOptions, given: Given) -> list[Mode]:
     """Return the modes of a mask; none where nobody asked for it and it does not fit the grid."""
-    asked = options.mask or [one for one in parts.read_fields(f"masks.{name}") if one.name in given]
+    asked = bool(options.mask) or any(one.name in given for one in parts.read_fields(f"masks.{name}"))
     try:
         return list(modes_of(name, options, given))
     except UsageError as error:

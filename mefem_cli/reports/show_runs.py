@@ -22,7 +22,7 @@ from mefem_cli.stores.runs import ENCODER_FILES, Run
 
 Metrics = dict[str, Any]
 RUNS = Path("runs")
-PANEL = (4.6, 2.5)  # inches
+PANEL, LEGEND_LINE = (4.6, 2.5), 0.07  # inches; a line of the legend as a share of the height
 ONE_LINE_EACH = len(curves.COLOURS)  # runs; those beyond are dashed in the same colours
 MOST_RUNS = 2 * ONE_LINE_EACH
 # Of each panel of the health page the curve that tells runs apart; panels that follow from the options are left out.
@@ -186,18 +186,19 @@ def _label(run: str) -> str:
 
 
 def _drawer(panel: Panel) -> Callable[[Any], None]:
-    return lambda figure: curves.draw_panel(_Placed(figure), panel)  # type: ignore[arg-type]
+    return lambda figure: curves.draw_panel(_Placed(figure, len(panel.curves)), panel)  # type: ignore[arg-type]
 
 
 class _Placed:
     """A figure for `curves.draw_panel` whose axis and legend have their places."""
 
-    def __init__(self, figure: Any):
+    def __init__(self, figure: Any, num_curves: int):
         self._figure = figure
+        self._top = 0.97 - LEGEND_LINE * math.ceil(num_curves / 2)  # of the axis, below the legend
 
     def add_subplot(self) -> Any:
         """Return the one axis."""
-        return axes_at(self._figure, 0.1, 0.17, 0.88, 0.6)
+        return axes_at(self._figure, 0.1, 0.17, 0.88, self._top - 0.17)
 
     @property
     def axes(self) -> list[Any]:
@@ -206,7 +207,7 @@ class _Placed:
 
     def legend(self, handles: list[Any], loc: str, ncols: int) -> None:
         """Put the legend above the axis."""
-        self._figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.07, 1.0), ncols=ncols)
+        self._figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.07, self._top - 0.02), ncols=ncols)
 
 
 def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:
