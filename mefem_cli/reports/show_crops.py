@@ -92,7 +92,7 @@ def told(labels: Sequence[str], by: str | None) -> list[str]:
     """Return the labels whose values stand below a face."""
     if by is not None:
         return [by]
-    first = [name for start in TOLD_FIRST for name in labels if name.startswith(start)]
+    first = [name for start in TOLD_FIRST for name in [one for one in labels if one.startswith(start)][:1]]
     return list(dict.fromkeys([*first, *(name for name in labels if not name.startswith("subject"))]))[:MOST_TOLD]
 
 
