@@ -76,15 +76,30 @@ def children(pid: int) -> list[int]:
 # Overhead -------------------------------------------------------------------------------------------------------
 
 
-def launch_seconds() -> tuple[float, float]:
-    """Return the median seconds of a step with nothing to do: as ablate starts it, and as a process of its own."""
+def launch_seconds() -> list[tuple[str, str, str]]:
+    """Return the seconds of a step with nothing to do, wall (median) and CPU: as ablate starts it, and as a process."""
     with tempfile.TemporaryDirectory() as folder:
         processes, log = Processes(environment(JOBS)), Path(folder) / "log"
-        warm = [_timed(lambda: processes.run(["pretrain", "--print-sbatch"], log)) for _ in range(11)][1:]
+        processes.run(["pretrain", "--print-sbatch"], log)  # it starts the server
+        (server,) = (
+            pid for pid in children(os.getpid()) if b"executors.warm" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        before = _cpu_of_children(server)
+        warm = [_timed(lambda: processes.run(["pretrain", "--print-sbatch"], log)) for _ in range(10)]
+        warm_cpu = (_cpu_of_children(server) - before) / 10
         processes.close()
     imports = "import mefem_cli.pretraining, mefem_cli.reports.health"
-    cold = [_timed(lambda: subprocess.run([sys.executable, "-c", imports], check=True)) for _ in range(5)]
-    return statistics.median(warm), statistics.median(cold)
+    before = _cpu_of_children(os.getpid())
+    cold = [_timed(lambda: subprocess.run([sys.executable, "-c", imports], check=True)) for _ in range(3)]
+    cold_cpu = (_cpu_of_children(os.getpid()) - before) / 3
+    rows = (("as ablate starts it", warm, warm_cpu), ("as a new process", cold, cold_cpu))
+    return [(name, f"{statistics.median(wall):.2f}", f"{cpu:.2f}") for name, wall, cpu in rows]
+
+
+def _cpu_of_children(pid: int) -> float:
+    """Return the CPU seconds of the children of a process that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
 
 def _timed(call) -> float:  # type: ignore[no-untyped-def]
@@ -208,9 +223,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> None:
     """Measure and print."""
     if args.only in (None, "launch"):
-        warm, cold = launch_seconds()
-        rows = [("as ablate starts it", f"{warm:.3f}"), ("as a new process", f"{cold:.3f}")]
-        table("A step that has nothing to do", ("", "s"), rows)
+        table("A step that has nothing to do", ("", "s", "s of CPU"), launch_seconds())
     if args.only == "launch":
         return
     seconds = run(args, folder / "undisturbed", "--jobs", str(JOBS))

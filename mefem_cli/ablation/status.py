@@ -179,7 +179,7 @@ def to_table(status: Status, most: int | None = None) -> Table:
     table.add_column("cell", overflow="fold")
     for name in ("seed", "state"):
         table.add_column(name)
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold" if most is None else "ellipsis", no_wrap=most is not None)  # a line each
     table.add_column("done", justify="right")
     table.add_column("left", justify="right")
     for cell in cells:
@@ -204,11 +204,12 @@ def summary(status: Status) -> str:
 def _fitting(status: Status, height: int) -> Any:
     """Return what fits on a terminal: the table, or its most telling rows, and the summary."""
     from rich.console import Group
+    from rich.text import Text
 
     room = max(3, height - 5)
     hidden = len(status.cells) - room
-    more = [f"... and {hidden} more"] if hidden > 0 else []
-    return Group(to_table(status, room), *more, summary(status))
+    more = [Text(f"... and {hidden} more", style="dim")] if hidden > 0 else []
+    return Group(to_table(status, room), *more, Text(summary(status)))
 
 
 def _shown(seconds: float | None) -> str:
