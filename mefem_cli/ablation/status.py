@@ -30,6 +30,7 @@ WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
 AT_WORK = {"pretrain": "training", "embed": "embedding", "probe": "probing"}  # step -> what it is called
 ORDER = (*AT_WORK.values(), FAILED, WAITING, FINISHED)  # where not all fit on a screen
 REFRESH_SECONDS = 2.0
+LONGEST_LIVE_DETAIL = 36  # characters, where each cell has one line
 STEPS_PER_EPOCH = re.compile(r"steps_per_epoch=(\d+)")  # of the plan in run.log
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: its last rows
 
@@ -179,7 +180,10 @@ def to_table(status: Status, most: int | None = None) -> Table:
     table.add_column("cell", overflow="fold")
     for name in ("seed", "state"):
         table.add_column(name)
-    table.add_column("", overflow="fold" if most is None else "ellipsis", no_wrap=most is not None)  # a line each
+    if most is None:
+        table.add_column("", overflow="fold")
+    else:  # a line each
+        table.add_column("", overflow="ellipsis", no_wrap=True, max_width=LONGEST_LIVE_DETAIL)
     table.add_column("done", justify="right")
     table.add_column("left", justify="right")
     for cell in cells:
