@@ -206,3 +206,22 @@ def test_many_points_become_a_picture_so_that_the_page_stays_small():
     few, many = (probe_figures.scatter(rng.normal(size=n), rng.normal(size=n), "") for n in (100, 20_000))
     assert few.count("<use") > 100 and "data:image/png" not in few
     assert "data:image/png" in many and len(many) < 300_000
+
+
+def test_a_data_set_has_its_targets_together_and_what_was_published(tmp_path, monkeypatch):
+    from probing import write_store
+
+    rng = np.random.default_rng(0)
+    labels = {name: centre + rng.normal(size=60) for name, centre in (("upper_ap", 120), ("saturation", 97))}
+    store = write_store(tmp_path / "a.h5", rng.normal(size=(60, 3)), labels)
+    options = ProbeOptions(head="linear,knn", bootstraps=50, device="cpu")
+    results = Job.prepare([store], ["mcd_rppg"], options).run()
+    monkeypatch.setattr(probe, "MOST_DETAILED", 2)
+    text = probe.page(results, [store], RECORD, show_faces=False)
+    assert "mcd_rppg: 2 targets" in text
+    assert text.count("published by others") == 2
+    assert "12.82" in text and "0.980" in text
+    best = [max((one for one in results.scores if one.task == task), key=lambda one: one.metrics["r2"].value)
+            for task in dict.fromkeys(one.task for one in results.scores)]  # fmt: skip
+    assert re.findall(r"<summary>(\w+) on", text) == [one.head for one in best]
+    assert "Figures are drawn for 2 scores of 4, the best of each task first" in text

@@ -167,8 +167,8 @@ def plan_table(job: Job) -> Table:
 def tables(results: Results) -> list[Table]:
     """Return for each task a table of scores beside their baseline, then what was found about them."""
     found = []
-    for title in dict.fromkeys(_heading(score) for score in results.scores):
-        scores = [score for score in results.scores if _heading(score) == title]
+    for title in dict.fromkeys(heading(score) for score in results.scores):
+        scores = [score for score in results.scores if heading(score) == title]
         tasks = {score.task for score in scores}
         baselines = [score for score in results.baselines if score.task in tasks]
         means = [mean for mean in results.means if mean.scores[0] in scores]
@@ -188,7 +188,7 @@ def tables(results: Results) -> list[Table]:
     return found
 
 
-def _heading(score: Score) -> tuple[str, str]:
+def heading(score: Score) -> tuple[str, str]:
     """Targets of one protocol and of one kind share a table."""
     room, _, target = score.task.partition(".")
     return (room if target and room in parts.names("tasks") else score.task, score.kind)
@@ -259,7 +259,7 @@ def _calibration_table(scores: list[Score]) -> Table:
 
     kind = scores[0].kind
     has_models, has_targets = len({score.store for score in scores}) > 1, len({score.task for score in scores}) > 1
-    title = f"{_heading(scores[0])[0]}: calibration and {100 * conformal.LEVEL:.0f} % prediction intervals"
+    title = f"{heading(scores[0])[0]}: calibration and {100 * conformal.LEVEL:.0f} % prediction intervals"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.show_edge = False
     for name in [*["target"] * has_targets, "head", "features", *["model"] * has_models]:
@@ -284,7 +284,7 @@ def _curve_table(curves: list[Score]) -> Table:
     first = curves[0]
     has_models, has_targets = len({score.store for score in curves}) > 1, len({score.task for score in curves}) > 1
     names = [*["target"] * has_targets, "head", "features", *["model"] * has_models, "share", "people"]
-    table = _table(f"{_heading(first)[0]}: after learning from fewer people", names, first.kind)
+    table = _table(f"{heading(first)[0]}: after learning from fewer people", names, first.kind)
     for score in curves:
         words = [*[score.task.partition(".")[2]] * has_targets, score.head, score.features]
         words += [model_title(score, curves)] * has_models
@@ -325,7 +325,7 @@ def _title(scores: list[Score]) -> str:
     num_folds = len(np.unique(score.predictions.fold))
     folds = f"{num_folds} folds" if num_folds > 1 else f"tested on {' '.join(score.fold_names)}"
     repeats = f", {len(score.seeds)} repeats" if score.repeats else ""
-    return f"{_heading(score)[0]}: {faces}{people}, {folds}{repeats}"
+    return f"{heading(score)[0]}: {faces}{people}, {folds}{repeats}"
 
 
 def model_title(score: Score, scores: list[Score]) -> str:

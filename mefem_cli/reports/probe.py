@@ -10,23 +10,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mefem_cli.console import plural
-from mefem_cli.evaluation.report import SHOWN, TITLES, cell, model_title, number
+from mefem_cli.evaluation.report import SHOWN, TITLES, cell
 from mefem_cli.evaluation.saved import UNITS
 from mefem_cli.reports import curves, html, probe_figures
 from mefem_cli.reports.probe_faces import Faces, jpeg, with_heat
 from mefem_cli.reports.probe_figures import Panel
+from mefem_cli.reports.probe_overview import (
+    differences,
+    figure,
+    figures_of,
+    merit,
+    name_of,
+    overview,
+    protocol,
+    protocols,
+    title_of,
+)
 
 if TYPE_CHECKING:
-    from mefem_cli.evaluation.bootstrap import Interval
     from mefem_cli.evaluation.job import Results
-    from mefem_cli.evaluation.score import Difference, Score
+    from mefem_cli.evaluation.score import Score
     from mefem_cli.stores.features import FeatureStore
 
 REPORT = "report.html"
 NUM_WORST, NUM_LOOKED_AT = 12, 10  # faces shown
-MOST_DETAILED = 24  # scores with figures of their own; all are in scores.json
+MOST_DETAILED = 48  # scores with figures of their own, the best of each task first: more make the page too large
+MOST_OPEN = 8  # tasks whose best score is unfolded
 MOST_CLASSES = 20  # of a confusion matrix
-BASELINE = "baseline"  # the model's name of scores that look at no face
 STYLE = (
     "<style>"
     + curves.VARIABLES
@@ -42,16 +52,10 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; } summary 
 table.confusion td { text-align: right; border: 1px solid var(--line); }
 table.confusion th { font-size: .85rem; max-width: 9rem; overflow-wrap: anywhere; }
 td, th { overflow-wrap: anywhere; } .numbers td + td { white-space: nowrap; }
+.numbers td:first-child, .numbers th:first-child { overflow-wrap: break-word; min-width: 9rem; }
+.figures .wide { overflow-x: auto; } .figures .wide svg { min-width: 36rem; }
 </style>"""
 )
-METRICS_IN_WORDS = {
-    "r2": "r2 is the share of the label's variance that the prediction explains: 1 is perfect, 0 is no better than "
-    "saying the average for everyone, below 0 is worse than that.",
-    "mae": "MAE is how far the prediction is off, on average over faces.",
-    "accuracy": "Accuracy is the share of faces whose class is right; compare it with the baseline, which names the "
-    "most frequent class every time.",
-    "auroc": "AUROC is how often a face of a class gets a higher score for it than one of another class; 0.5: chance.",
-}
 NOT_SAID = (
     "Whether it holds elsewhere. The intervals say how much a score would vary with other people like these; another "
     "camera, clinic, country or age range may score differently, and a test on another data set is the way to know.",
@@ -74,25 +78,26 @@ def page(results: Results, stores: Sequence[FeatureStore], provenance: Mapping[s
     body = [STYLE]
     if results.notes:
         body.append(html.points(results.notes))
-    detailed = 0
-    for task in tasks:
-        scores = [score for score in results.scores if score.task == task]
-        body += [html.heading(_title(scores)), *_overview(scores, results), *_differences(results, task)]
-        ranked = sorted(scores, key=_merit, reverse=True)
-        for rank, score in enumerate(ranked):
-            if detailed < MOST_DETAILED:
-                body.append(_details(score, scores, results, faces.get(score.store), is_open=rank == 0))
-            detailed += 1
-    if detailed > MOST_DETAILED:
-        body.append(html.paragraph(f"Figures are drawn for {MOST_DETAILED} scores of {detailed}; scores.json has all."))
+    for of_protocol in protocols(results):
+        body += protocol(of_protocol, results)
+    by_task = [[score for score in results.scores if score.task == task] for task in tasks]
+    ranked = [sorted(scores, key=merit, reverse=True) for scores in by_task]
+    best_first = [*(scores[0] for scores in ranked), *(one for scores in ranked for one in scores[1:])]
+    detailed = {id(score) for score in best_first[:MOST_DETAILED]}
+    for task, scores, in_order in zip(tasks, by_task, ranked, strict=True):
+        body += [html.heading(title_of(scores)), *overview(scores, results), *differences(results, task)]
+        is_open = len(tasks) <= MOST_OPEN
+        body += [
+            _details(score, scores, results, faces.get(score.store), is_open=is_open and score is in_order[0])
+            for score in in_order
+            if id(score) in detailed
+        ]
+    if len(best_first) > MOST_DETAILED:
+        drawn = f"Figures are drawn for {MOST_DETAILED} scores of {len(best_first)}, the best of each task first"
+        body.append(html.paragraph(f"{drawn}; scores.json and predictions.parquet have all."))
     body += [html.heading("What these scores do not say"), html.points(NOT_SAID)]
     body += [html.heading("How it was made"), *_making(provenance, stores)]
     return html.page(f"mefem probe: {', '.join(tasks)}", _lead(results), body)
-
-
-def _merit(score: Score) -> float:
-    value = score.metrics[SHOWN[score.kind][0]].value
-    return value if np.isfinite(value) else -np.inf
 
 
 def _lead(results: Results) -> str:
@@ -104,88 +109,6 @@ def _lead(results: Results) -> str:
     )
 
 
-def _title(scores: Sequence[Score]) -> str:
-    unit = UNITS.get(scores[0].task)
-    return f"{scores[0].task} ({unit})" if unit else scores[0].task
-
-
-def _name(score: Score, scores: Sequence[Score]) -> str:
-    """Return what tells a score from the others of its task."""
-    has_models = len({one.store for one in scores}) > 1
-    model = f" of {model_title(score, list(scores))}" if has_models else ""
-    return f"{score.head} on {score.features}{model}"
-
-
-# All scores of a task -------------------------------------------------------------------------------------------------
-
-
-def _overview(scores: Sequence[Score], results: Results) -> Iterator[str]:
-    """Yield the table of a task's scores and the same as figures."""
-    kind, shown = scores[0].kind, SHOWN[scores[0].kind]
-    baseline = scores[0].baseline
-    lines = [(_name(one, scores), one) for one in scores]
-    lines += [("baseline: age and sex alone", one) for one in results.baselines if one.task == scores[0].task][:1]
-    rows = [[name, *(cell(one.metrics[metric]) for metric in shown)] for name, one in lines]
-    rows.append(["baseline: " + _constant(kind), *(number(baseline[name]) for name in shown)])
-    yield _numbers(["head", *(f"{TITLES[name]} [95 %]" for name in shown)], rows)
-    yield html.paragraph(" ".join(METRICS_IN_WORDS[name] for name in shown))
-    colours = {store: number for number, store in enumerate(dict.fromkeys(one.store for one in scores))}
-    figures = []
-    panels = [Panel(TITLES[one], [score.metrics[one] for _, score in lines], baseline[one]) for one in shown]
-    svg = probe_figures.intervals([name for name, _ in lines], panels, [colours.get(one.store, 0) for _, one in lines])
-    figures.append(_figure("All heads", svg, f"Dashed: {_constant(kind)}.", is_wide=True))
-    yield _figures(figures + _efficiency(scores, results.curves, shown[0], baseline[shown[0]]))
-
-
-def _constant(kind: str) -> str:
-    return "the average for everyone" if kind == "regression" else "the most frequent class for everyone"
-
-
-def _efficiency(scores: Sequence[Score], found: Sequence[Score], metric: str, baseline: float) -> list[str]:
-    """Return the figure of scores against the share of training people, where `--fraction` asked for several."""
-    by_head: dict[str, list[tuple[float, Interval]]] = {}
-    for one in found:
-        if one.task == scores[0].task:
-            by_head.setdefault(_name(one, scores), []).append((one.fraction, one.metrics[metric]))
-    several = {name: points for name, points in by_head.items() if len(points) > 1}
-    if not several:
-        return []
-    caption = "How the score grows with the people to learn from; a curve that still rises asks for more of them."
-    svg = probe_figures.efficiency(several, TITLES[metric], baseline)
-    return [_figure(f"{TITLES[metric]} by the number of people", svg, caption)]
-
-
-def _differences(results: Results, task: str) -> Iterator[str]:
-    """Yield the paired differences of a task between encoders."""
-    found = [one for one in results.differences if one.first.task == task]
-    if not found:
-        return
-    shown = SHOWN[found[0].first.kind]
-    scores = [one for pair in found for one in (pair.first, pair.second) if one.model != BASELINE]
-    names = [f"{one.first.head} on {one.first.features}: {_pair(one, scores)}" for one in found]
-    yield "<h3>Differences</h3>"
-    yield _numbers(
-        ["first minus second", *(f"{TITLES[name]} [95 %]" for name in shown), "verdict on the first"],
-        [
-            [name, *(cell(one.metrics[metric], "+") for metric in shown), one.verdict(shown[0])]
-            for name, one in zip(names, found, strict=True)
-        ],
-    )
-    yield html.paragraph(
-        "Both predict the same faces, and each bootstrap draws the same people for both, so what makes people hard to "
-        f"predict cancels out. Better or worse: the interval of {TITLES[shown[0]]} excludes 0; unclear is not equal."
-    )
-    panels = [Panel(f"difference in {TITLES[one]}", [each.metrics[one] for each in found], 0.0) for one in shown]
-    svg = probe_figures.intervals(names, panels)
-    yield _figures([_figure("Differences", svg, "Right of the dashed line the first is higher.", is_wide=True)])
-
-
-def _pair(one: Difference, scores: list[Score]) -> str:
-    if one.second.model == BASELINE:
-        return f"{model_title(one.first, scores)} - age and sex alone"
-    return f"{model_title(one.first, scores)} - {model_title(one.second, scores)}"
-
-
 # One score ------------------------------------------------------------------------------------------------------------
 
 
@@ -195,11 +118,11 @@ def _details(score: Score, scores: Sequence[Score], results: Results, faces: Fac
     values = ", ".join(f"{TITLES[name]} {cell(score.metrics[name])}" for name in shown)
     figures = _regression(score) if score.kind == "regression" else _classification(score)
     figures += _subgroups(score, results)
-    parts = [_figures(figures)]
+    parts = [figures_of(figures)]
     if score.kind == "classification":
         parts.append(_confusion(score))
     parts += [*_attention(score, faces), *_worst(score, faces)]
-    summary = f'{escape(_name(score, scores))} <span class="soft">{escape(values)}</span>'
+    summary = f'{escape(name_of(score, scores))} <span class="soft">{escape(values)}</span>'
     return f"<details{' open' * is_open}><summary>{summary}</summary>{''.join(parts)}</details>"
 
 
@@ -218,19 +141,19 @@ def _regression(score: Score) -> list[str]:
         else ""
     )
     return [
-        _figure(
+        figure(
             "Predicted and true",
             probe_figures.scatter(found.target, found.output, named),
             "One dot a face; on the dashed line a prediction is right. A flat cloud says the average for everyone.",
         ),
-        _figure(
+        figure(
             "Errors (Bland-Altman)",
             probe_figures.bland_altman(found.target, found.output, f" {score.task}"),
             f"Predictions are {mean:+.2g}{of_unit} off on average; 95 % of errors lie about between {low:.3g} and "
             f"{high:.3g}{of_unit} (lines, if errors are normal). A slope: high values are predicted too low, low ones "
             f"too high, or the reverse.{held}",
         ),
-        _figure(
+        figure(
             "Calibration",
             probe_figures.calibration(bins, f"predicted{named}", f"true{named}, mean", is_share=False),
             f"The mean truth where about one value was predicted. Observed = {intercept:.3g} {slope:+.2f} x "
@@ -252,7 +175,7 @@ def _classification(score: Score) -> list[str]:
         "On the dashed line probabilities mean what they say; a flatter curve: the head is too sure. Expected "
         f"calibration error {score.calibration['ece']:.3f}."
     )
-    return [_figure("Calibration", probe_figures.calibration(bins, *labels, is_share=True), caption)]
+    return [figure("Calibration", probe_figures.calibration(bins, *labels, is_share=True), caption)]
 
 
 def _confusion(score: Score) -> str:
@@ -291,7 +214,7 @@ def _subgroups(score: Score, results: Results) -> list[str]:
         panel = Panel(TITLES[metric], [one.metrics[metric] for one in groups], score.metrics[metric].value)
         svg = probe_figures.intervals(names, [panel])
         caption = f"Dashed: all faces; in brackets the number of faces. Values of {by} with few people are not shown."
-        figures.append(_figure(f"{TITLES[metric]} by {by}", svg, caption))
+        figures.append(figure(f"{TITLES[metric]} by {by}", svg, caption))
     return figures
 
 
@@ -313,8 +236,8 @@ def _attention(score: Score, faces: Faces | None) -> Iterator[str]:
     if shares.shape[1] > num_patches:
         caption += f" The CLS token, which has no place, got {100 * shares[:, -1].mean():.0f} %."
     yield "<h3>Where the head looks</h3>"
-    figures = [_figure("Mean over faces", probe_figures.heat(mean), caption)]
-    yield _figures(figures)
+    figures = [figure("Mean over faces", probe_figures.heat(mean), caption)]
+    yield figures_of(figures)
     if faces is None:
         return
     ids = [str(name) for name in score.predictions.ids]
@@ -393,16 +316,3 @@ def _making(provenance: Mapping[str, Any], stores: Sequence[FeatureStore]) -> It
     yield html.paragraph(
         "The same as numbers: scores.json, predictions.parquet (every prediction) and provenance.json."
     )
-
-
-def _figures(figures: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
-
-
-def _figure(title: str, svg: str, caption: str, is_wide: bool = False) -> str:
-    wide = ' class="wide"' if is_wide else ""
-    return f"<figure{wide}><h4>{escape(title)}</h4>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _numbers(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return f'<div class="numbers">{html.table(columns, rows)}</div>'

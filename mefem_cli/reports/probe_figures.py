@@ -180,7 +180,9 @@ def efficiency(curves: Mapping[str, Sequence[tuple[float, Interval]]], ylabel: s
                 label=_short(name, LONGEST_OF_ONE + 8),
             )
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda value, place: f"{value:g} %")
+        shares = sorted({100 * fraction for points in curves.values() for fraction, _ in points})
+        axis.set_xticks(shares, [f"{share:g} %" for share in shares])
+        axis.set_xticks([], minor=True)
         axis.set(xlabel="people to learn from", ylabel=ylabel)
         figure.legend(loc="outside upper left", ncols=1)
 
