@@ -214,7 +214,7 @@ def test_a_data_set_has_its_targets_together_and_what_was_published(tmp_path, mo
     rng = np.random.default_rng(0)
     labels = {name: centre + rng.normal(size=60) for name, centre in (("upper_ap", 120), ("saturation", 97))}
     store = write_store(tmp_path / "a.h5", rng.normal(size=(60, 3)), labels)
-    options = ProbeOptions(head="linear,knn", bootstraps=50, device="cpu")
+    options = ProbeOptions(head="linear,knn", bootstraps=100, device="cpu")
     results = Job.prepare([store], ["mcd_rppg"], options).run()
     monkeypatch.setattr(probe, "MOST_DETAILED", 2)
     text = probe.page(results, [store], RECORD, show_faces=False)

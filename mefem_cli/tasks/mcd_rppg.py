@@ -28,8 +28,8 @@ MARKERS: dict[str, tuple[tuple[str, ...], tuple[float, float], str]] = {
     "saturation": (("saturation", "spo2"), (50, 100), "%"),
 }
 # MAE of the data set's own video model, column "Model" of Table 5, on other splits and other faces than here: shown as
-# published. The paper's constant prediction, column "Baseline", has 0.43, 0.66, 13.78, 7.50 and 0.98. Of hemoglobin, and
-# of r2, it says nothing.
+# published. The paper's constant prediction, column "Baseline", has 0.43, 0.66, 13.78, 7.50 and 0.98. It is silent on
+# hemoglobin and on r2.
 PUBLISHED_MAE = {
     "glycated_hemoglobin": 0.41,
     "cholesterol": 0.60,
