@@ -1,5 +1,6 @@
 """Where work runs: processes that are forked, stopped and never left behind; parts on a cluster, and Ray itself."""
 
+import _thread
 import importlib.util
 import os
 import signal
@@ -103,6 +104,16 @@ def test_stopping_reaches_what_runs_and_lets_nothing_begin(running, tmp_path):
         one.run([str(tmp_path)], tmp_path / "log")
     with pytest.raises(Stopping):
         Launcher(one).wait(0.0)
+
+
+def test_an_interrupt_stops_the_command_first(running, tmp_path):
+    one = running(SLEEPS)
+    threading.Thread(target=lambda: (wait_for(tmp_path / "pid"), _thread.interrupt_main())).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):  # as Ray cancels a task: in the thread that waits
+        one.run([str(tmp_path)], tmp_path / "log")
+    assert (tmp_path / "stopped").exists()
+    assert time.monotonic() - begun < processes.STOP_SECONDS
 
 
 def test_a_command_whose_server_is_killed_is_stopped_and_lost(running, tmp_path):

@@ -121,36 +121,56 @@ class Processes:
         return process, ours
 
     def _follow(self, status: int) -> int:
-        """Wait for a command, whose id and then exit code come from the server, and return its exit code."""
-        received = b""
-        pid = None
+        """Wait for a command and return its exit code."""
+        command = _Command(status)
         try:
-            while True:
-                if not select.select([status], [], [], POLL_SECONDS)[0]:
-                    continue
-                content = os.read(status, 100)
-                received += content
-                lines = received.split(b"\n")[:-1]
-                if lines and pid is None:
-                    pid = int(lines[0])
-                    self._running.add(pid)
+            while command.code is None:
+                if command.listen() and command.pid not in self._running:
+                    self._running.add(command.pid)
                     if self._stopping:  # it was not there yet when all were told
-                        _signal(pid, signal.SIGTERM)
-                if len(lines) == 2:
-                    return int(lines[1])
-                if not content:
-                    return LOST
+                        _signal(command.pid, signal.SIGTERM)
+            return command.code
         except BaseException:
-            self.stop()
+            self._stopping = True
+            deadline = time.monotonic() + STOP_SECONDS
+            told = command.pid
+            _signal(told, signal.SIGTERM)
+            while command.code is None and time.monotonic() < deadline:
+                if command.listen() and not told:
+                    told = command.pid
+                    _signal(told, signal.SIGTERM)
+            if command.code is None:
+                _signal(command.pid, signal.SIGKILL)
             raise
         finally:
-            self._running.discard(pid or 0)
+            self._running.discard(command.pid)
 
     def _signal_all(self, number: signal.Signals) -> None:
         for pid in list(self._running):
             _signal(pid, number)
 
 
+class _Command:
+    """What the server tells of a command: its process id, then its exit code."""
+
+    def __init__(self, status: int):
+        self.pid = 0  # not there yet
+        self.code: int | None = None
+        self._status, self._received = status, b""
+
+    def listen(self) -> bool:
+        """Wait for half a second at most; return whether the process is there."""
+        if select.select([self._status], [], [], POLL_SECONDS)[0]:
+            content = os.read(self._status, 100)
+            self._received += content
+            lines = self._received.split(b"\n")[:-1]
+            self.pid = int(lines[0]) if lines else 0
+            if len(lines) == 2 or not content:
+                self.code = int(lines[1]) if len(lines) == 2 else LOST
+        return self.pid != 0
+
+
 def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
