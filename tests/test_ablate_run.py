@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from synthetic import write_crops
 
+from mefem_cli.ablation import plan as plans
 from mefem_cli.ablation import runner
 from mefem_cli.ablation.job import AblateOptions, Job
 from mefem_cli.errors import NoInputError, OutputError, Stopped, UsageError
@@ -309,6 +310,7 @@ def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in
         time.sleep(0.01)
     driver.kill()
     driver.wait()
+    driver.stderr.close()  # the step still has the other end
     (stand_in / "slow").unlink()
     told = []
 
@@ -348,15 +350,16 @@ def test_what_would_fail_after_training_fails_before(crops, tmp_path, flags, err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plan_lists_cells_and_counts_steps(crops, stand_in, tmp_path):
+def test_the_plan_lists_cells_and_counts_steps(crops, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "_try", lambda strand: plans.Cost(1.0, 0.0))
     job = prepare(crops, tmp_path / "out", "width=2,3", "folds=3,4", epochs=4, seeds=2, set=["batch_size=10"])
-    plan = job.plan()
+    plan = plans.describe(job)
     assert (len(plan["cells"]), plan["pretrainings"], plan["to_train"]) == (4, 4, 4)
     assert plan["steps"] == 4 * 4 * 5  # 57 of 60 faces train, in batches of 10
     assert not (tmp_path / "out").exists()
     job.run()
-    assert (job.plan()["to_train"], job.plan()["steps"]) == (0, 0)
-    assert {state for cell in job.plan()["cells"] for state in cell["states"]} == {"finished"}
+    assert (plans.describe(job)["to_train"], plans.describe(job)["steps"]) == (0, 0)
+    assert {state for cell in plans.describe(job)["cells"] for state in cell["states"]} == {"finished"}
 
 
 # With the real steps --------------------------------------------------------------------------------------------
