@@ -430,7 +430,7 @@ def test_errors_are_one_line_with_their_exit_code(crops, words, code, message):
 
 
 def test_dry_run_lists_the_cells_as_json(crops):
-    code, out, err = mefem(crops.parent, "table4", "-n", "--json")
+    code, out, err = mefem(crops.parent, "table4", "-n", "--json", "-q")
     assert (code, len(json.loads(out)["cells"]), err) == (0, 17, "")
 
 

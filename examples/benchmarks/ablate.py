@@ -228,9 +228,10 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         return
     seconds = run(args, folder / "undisturbed", "--jobs", str(JOBS))
     expected = (folder / "undisturbed" / "results.csv").read_bytes()
-    share, overhead = busy(folder / "undisturbed")
-    rows = [(CELLS, JOBS, f"{seconds:.0f}", f"{100 * share:.1f} %", f"{overhead:.2f}")]
-    table("A grid, undisturbed", ("cells", "jobs", "s", "jobs busy", "s a cell beside its steps"), rows)
+    if args.only != "ray":  # which may take a kept grid from before
+        share, overhead = busy(folder / "undisturbed")
+        rows = [(CELLS, JOBS, f"{seconds:.0f}", f"{100 * share:.1f} %", f"{overhead:.2f}")]
+        table("A grid, undisturbed", ("cells", "jobs", "s", "jobs busy", "s a cell beside its steps"), rows)
     if args.only in (None, "kill"):
         drivers, steps = run_with_kills(args, folder / "killed", args.kills, seed=0)
         is_same = (folder / "killed" / "results.csv").read_bytes() == expected
