@@ -132,7 +132,7 @@ def planted(path: Path, num: int = 400, width: int = 6, seed: int = 0) -> Path:
     [
         ("value", "linear", "cls+mean", None),
         ("kind", "linear", "cls", None),
-        ("value", "mlp", "cls", mlp.Options(learning_rates="1e-2", epochs=4)),
+        ("value", "mlp", "cls", mlp.Options(learning_rates="1e-2", weight_decays="0.01,1", epochs=4)),
         ("kind", "attentive", "patches", attentive.Options(learning_rates="1e-2", epochs=2)),
     ],
 )
