@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The four commands on 2,285 synthetic face photos (SFHQ-T2I and SFHQ), as docs/results.md reports them.
-# Usage: examples/real_faces.sh FACES OUT [pretrain options], FACES holding t2i/, stylegan/ and labels.csv.
-# Hardware and time: 2 cores of an AMD EPYC with avx512_bf16; see docs/results.md. Any later run goes on where it stopped.
+#
+# Command:   examples/real_faces.sh FACES OUT [pretrain options]; FACES holds t2i/, stylegan/ and labels.csv
+# Time:      about half an hour of processor time, two thirds of it training, on 2 cores of an AMD EPYC with avx512_bf16
+# Expected:  sex AUROC .765 [.737, .792] by ridge on cls, step 0 .682; age r2 .093 [.051, .134], step 0 .064
+# Any later run goes on where it stopped.
 set -euo pipefail
 faces=$1 out=$2
 shift 2

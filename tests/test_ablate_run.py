@@ -392,7 +392,7 @@ def test_a_grid_for_real_and_after_a_stop(crops):
     rows = read_csv(folder / "ablations/mask")
     assert ",".join(rows[0]) == "cell,seed,task,head,features,metric,value,low,high,status"
     assert (rows[0]["cell"], rows[0]["value"]) == ("mask=stripes", "")
-    assert "--width 12: a grid of 8 patches" in rows[0]["status"]
+    assert "--width 12: a grid of 8 x 8 patches" in rows[0]["status"]
     assert [(row["cell"], row["head"], row["metric"]) for row in rows[1:]] == [
         ("mask=quadrants", head, metric) for head in ("linear", "mlp") for metric in ("r2", "mae", "rmse", "pearson_r")
     ]

@@ -18,7 +18,8 @@ from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import problem
-from mefem_cli.executors import Lost, open_executor
+from mefem_cli.executors import Lost
+from mefem_cli.executors.choice import open_executor
 from mefem_cli.executors.local import visible_gpus
 from mefem_cli.executors.locks import LOCK, RETRY_SECONDS
 from mefem_cli.executors.options import OnOptions

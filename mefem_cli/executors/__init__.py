@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mefem_cli.executors.options import OnOptions
-
 Done = Callable[[Any, Any], None]  # of an item and its result
 
 
@@ -55,18 +53,3 @@ class Lost:
 
 class Stopping(Exception):
     """The whole is being stopped; this piece of work has no result."""
-
-
-def open_executor(options: OnOptions, jobs: int | None, gpus: Sequence[str], wants_gpu: bool, shared: Path) -> Executor:
-    """Return the executor for `--on`, `jobs` pieces of work at once (None: as many as it has room for).
-
-    `gpus` are those of this machine; `wants_gpu`: a piece of work on Ray gets one if the cluster has some. `shared` is
-    a file of the product by which all machines of a cluster are asked whether they see it.
-    """
-    if options.is_local:
-        from mefem_cli.executors.local import Local
-
-        return Local(jobs or len(gpus) or 1, list(gpus))
-    from mefem_cli.executors.on_ray import OnRay
-
-    return OnRay(options.on, jobs, wants_gpu, shared)
