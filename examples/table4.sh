@@ -2,7 +2,7 @@
 # The paper's ablation without its confounds: 9 pretrainings of one length, 3 seeds, 17 rows, on your own crops.
 #
 # Command:   examples/table4.sh CROPS OUT [options of mefem ablate]
-# Time:      some hours of processor time for 1,317 faces on 2 cores of an AMD EPYC; `-n` says how long the training takes
+# Time:      some hours of processor time for 1,317 faces on 2 cores of an AMD EPYC; see `-n`
 # Expected:  differences that cannot be told apart from chance with so few faces; look at the intervals
 # Stop it at any time: the same line goes on where it was. With GPUs leave `small` out, for the paper's ViT-S at 224 px.
 set -euo pipefail
