@@ -25,4 +25,4 @@ python "$(dirname "$0")/learning_curve.py" "$out/pretrained"
 stores=(--store "$out/pretrained.h5" --store "$out/step0.h5")
 mefem probe age_est sex_est --head linear --features mean "${stores[@]}" --store "$out/pixels.h5"
 mefem probe age_est sex_est --head linear --features cls "${stores[@]}"
-mefem probe age_est sex_est --head attentive "${stores[@]}"
+mefem probe age_est sex_est --head attentive --weight-decays 0.01,1 "${stores[@]}"  # half the default grid

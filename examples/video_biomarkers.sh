@@ -6,7 +6,7 @@
 #            MARKERS.csv: path, patient_id, upper_ap, lower_ap, ...; FOLDS.csv: patient_id, fold
 # Needs:     pip install ".[video]"
 # Time:      some 4 min of processor time on 2 cores of an AMD EPYC, without a GPU
-# Expected:  the made-up markers follow age and BMI with noise, so r2 is small; what counts is that the road works
+# Expected:  systolic r2 .05 [-.05, .13], MAE 8.8 beside a constant's 8.9: made-up markers cannot be read from 150 faces
 set -euo pipefail
 here=$(dirname "$0") out=$1
 clips=${2:-$out/clips} markers=${3:-$out/markers.csv} folds=${4:-$out/folds.csv}
