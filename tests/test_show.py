@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from synthetic import smooth_faces, write_crops
 from mefem_cli import parts, showing
 from mefem_cli.backbones import vit
 from mefem_cli.errors import OutputError, UsageError
-from mefem_cli.main import main
 from mefem_cli.masks import stripes
 from mefem_cli.objectives import mefem
 from mefem_cli.parts import Given
@@ -28,22 +26,6 @@ from mefem_cli.reports.show_sheet import Row, Sheet, Tile
 from mefem_cli.showing import ShowOptions
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\frac{"
-
-
-@pytest.fixture
-def mefem_command(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in a folder of its own: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mefem_cli.console.stdin_is_pipe", lambda: False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["mefem", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,6 @@ from mefem_cli.backbones import vit
 from mefem_cli.engine import monitors
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import saved
-from mefem_cli.main import main
 from mefem_cli.probes import attentive
 from mefem_cli.reports import show_attention, show_crops, show_runs, show_store
 from mefem_cli.showing import ShowOptions
@@ -46,22 +43,6 @@ def drawn(tile) -> Figure:
 def is_harmless(page: str) -> bool:
     """Whether nothing of HOSTILE became an element."""
     return "<script>alert" not in page and "<img src=x" not in page
-
-
-@pytest.fixture
-def mefem_command(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in a folder of its own: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mefem_cli.console.stdin_is_pipe", lambda: False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["mefem", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 # Crops ----------------------------------------------------------------------------------------------------------------

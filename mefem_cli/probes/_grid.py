@@ -139,11 +139,17 @@ def fit_predict(fold: Fold, recipe: Recipe, build: Build, look: Look | None = No
         return _choose_and_predict(_Trainer(fold, recipe, build, device), fold, recipe, look)
 
 
-def predict(state: State, features: np.ndarray, build: Build) -> np.ndarray:
-    """Return what a fitted head reads from features [m, ...]: numbers (m,), or class probabilities [m, C]."""
+def restore(state: State, build: Build) -> nn.Module:
+    """Return a fitted head, alone in its grid (G = 1)."""
     head = build(1, int(state["outputs"]), torch.Generator())
     for name, parameter in head.named_parameters():
         parameter.data = torch.from_numpy(np.array(state[f"head.{name}"], np.float32))[None]
+    return head
+
+
+def predict(state: State, features: np.ndarray, build: Build) -> np.ndarray:
+    """Return what a fitted head reads from features [m, ...]: numbers (m,), or class probabilities [m, C]."""
+    head = restore(state, build)
     output = _in_parts(features, np.arange(len(features)), torch.device("cpu"), lambda batch: head(batch)[0]).double()
     if "scale_of_target" in state:
         return output[:, 0].numpy() * state["scale_of_target"] + state["mean_of_target"]

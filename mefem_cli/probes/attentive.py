@@ -10,6 +10,7 @@ After V-JEPA's probe (Bardes et al. 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,9 +51,7 @@ def predict(state: State, features: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def look(state: State, features: np.ndarray) -> np.ndarray:
     """Return the share of each token [m, T, D] in what a fitted head reads, [m, T]; they sum to 1."""
-    head = AttentivePooler(1, features.shape[2], int(state["outputs"]), torch.Generator())
-    for name, parameter in head.named_parameters():
-        parameter.copy_(torch.from_numpy(np.array(state[f"head.{name}"], np.float32)))
+    head = cast(AttentivePooler, _grid.restore(state, _build(features.shape[2])))
     return head.shares(torch.from_numpy(features).float())[0].numpy()
 
 
