@@ -134,6 +134,17 @@ def test_epochs_scale_a_preset_in_proportion(epochs, short, long):
     assert [cell.pretrain["epochs"] for cell in cells] == [short] * 8 + [long] * 9
 
 
+def test_the_fair_table_is_nine_pretrainings_of_one_length_and_an_untrained_encoder():
+    grid = with_flags(read_grid("table4-fair"), {}, {}, [], None, 10)
+    epochs = {cell.pretrain_key([], 0): cell.pretrain["epochs"] for cell in expand(grid)}
+    assert list(epochs.values()) == [10] * 9 + [0]
+    assert [cell.name for cell in expand(grid)[-3:]] == ["epochs=0"] * 3
+    paper = {
+        cell.pretrain_key([], 0) for cell in expand(with_flags(read_grid("table4"), {}, {"epochs": 10}, [], 1, None))
+    }
+    assert set(epochs) - paper == {list(epochs)[-1]}  # but for the length they are the paper's
+
+
 def test_flags_win_over_a_preset():
     tiny = dict([parse_set("backbone=vit_tiny_patch16_224"), parse_set("image_size=112")])
     cells = expand(with_flags(read_grid("table4"), {}, tiny, [], None, None))

@@ -340,7 +340,8 @@ def expand(grid: Grid) -> list[Cell]:
         for row, told_apart_by, assignment in assignments:
             if grid.epochs is not None and not model:
                 own = assignment.get("epochs", default_epochs)
-                assignment = {**assignment, "epochs": max(1, round(own * grid.epochs / longest))}
+                scaled = max(1, round(own * grid.epochs / longest)) if own else 0  # 0 is the untrained encoder
+                assignment = {**assignment, "epochs": scaled}
             group = GIVEN_GROUP if model and is_training else row.group
             cell = replace(_cell(told_apart_by, assignment, model), group=group, published=row.published)
             cells.setdefault(_identity(cell), cell)

@@ -220,12 +220,16 @@ def summary(plan: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, plan["seeds"]))
     machine = f"on GPUs {', '.join(plan['gpus'])}" if plan["gpus"] else f"on {plan['on']}"
     at_once = f"{plan['jobs']} at once" if plan["jobs"] else "as many at once as there is room for"
-    rest = "" if plan["estimate_is_whole"] else ", where it can be told"
+    took = f"about {duration(plan['estimated_seconds'])}"
+    if not plan["estimate_is_whole"]:
+        took = (
+            f"over {duration(plan['estimated_seconds'])}, but not all can be told" if plan["estimated_seconds"] else "?"
+        )
     given = f"given encoders: {len(plan['models'])}\n" if plan["models"] else ""
     return (
         f"cells: {len(plan['cells'])}, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
         f"pretrainings: {plan['pretrainings']} (seeds {seeds}), of which {plan['to_train']} to train: "
         f"about {plan['steps']:,} steps, {at_once} {machine}\n{given}"
-        f"time: about {duration(plan['estimated_seconds'])}{rest}, by steps timed here; probing comes on top\n"
+        f"time: {took}, by steps timed here; probing comes on top\n"
         f"-> {plan['out']}"
     )
