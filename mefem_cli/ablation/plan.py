@@ -220,11 +220,8 @@ def summary(plan: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, plan["seeds"]))
     machine = f"on GPUs {', '.join(plan['gpus'])}" if plan["gpus"] else f"on {plan['on']}"
     at_once = f"{plan['jobs']} at once" if plan["jobs"] else "as many at once as there is room for"
-    took = f"about {duration(plan['estimated_seconds'])}"
-    if not plan["estimate_is_whole"]:
-        took = (
-            f"over {duration(plan['estimated_seconds'])}, but not all can be told" if plan["estimated_seconds"] else "?"
-        )
+    known = duration(plan["estimated_seconds"])
+    took = f"about {known}" if plan["estimate_is_whole"] else f"over {known}, as not all can be told"
     given = f"given encoders: {len(plan['models'])}\n" if plan["models"] else ""
     return (
         f"cells: {len(plan['cells'])}, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
