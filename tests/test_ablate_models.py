@@ -206,6 +206,7 @@ def test_status_of_what_runs_failed_and_waits(crops, stand_in, tmp_path, capsys)
         status = statuses.read(out)
     one = rows["width=4"]
     assert (one["state"], one["detail"], one["progress"], one["left"]) == ("training", "epoch 16/66", 0.25, 495 / 2)
+    assert one["reads"] == "linear, mlp"  # tells two cells of one encoder apart
     assert (rows["width=5"]["state"], rows["width=6"]["state"]) == ("probing", "waiting")
     assert not status.is_running
     assert statuses.summary(status).startswith("1 finished, 1 failed, 1 training, 1 probing, 1 waiting; nobody is at")

@@ -82,6 +82,12 @@ class Cell:
         """The cell in results.csv: `mask=stripes width=3`."""
         return " ".join(f"{name}={shown_value(value)}" for name, value in self.shown.items()) or "default"
 
+    @property
+    def reads(self) -> str:
+        """Heads and features: `attentive on patches`."""
+        heads, features = self.probe["head"].replace(",", ", "), self.probe.get("features")
+        return f"{heads} on {features}" if features else heads
+
     def pretrain_key(self, crops: list[str], seed: int) -> str:
         """Return the key of the pretraining on crops whose manifests have these sha256."""
         return steps.key(crops, seed, steps.settled("pretrain", self.pretrain))

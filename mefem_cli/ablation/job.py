@@ -228,6 +228,7 @@ class Job:
             "cells": [
                 {
                     "cell": cell.name,
+                    "reads": cell.reads,
                     "store": strand.store(cell).name,
                     "scores": [strand.scores(cell, task).name for task in strand.tasks],
                 }

@@ -40,6 +40,7 @@ class CellStatus:
     """How far a cell with one seed is."""
 
     cell: str
+    reads: str  # its heads and features
     seed: int
     state: str  # waiting, training, embedding, probing, finished or failed
     detail: str = ""  # `epoch 3/66`, or why it failed
@@ -79,20 +80,20 @@ def _strand_cells(out: Path, strand: dict[str, Any]) -> Iterator[CellStatus]:
     since = max(0.0, time.time() - now["since"]) if isinstance(now.get("since"), float) else None
     done, total, speed = _training(folder / "run")
     for cell in strand["cells"]:
-        name, seed, scores = cell["cell"], strand["seed"], cell["scores"]
+        own, scores = (cell["cell"], cell.get("reads", ""), strand["seed"]), cell["scores"]
         if all((folder / one / "scores.json").is_file() for one in scores):
-            yield CellStatus(name, seed, FINISHED)
+            yield CellStatus(*own, FINISHED)
         elif step == AT_WORK["pretrain"]:
             left = (total - done) / speed if speed and total else None
             detail = f"epoch {done * strand['epochs'] // total}/{strand['epochs']}" if total else ""
-            yield CellStatus(name, seed, step, detail, done / total if total else None, since, left)
+            yield CellStatus(*own, step, detail, done / total if total else None, since, left)
         elif failure := next((failures[one] for one in ("run", cell["store"], *scores) if one in failures), None):
-            yield CellStatus(name, seed, FAILED, failure)
+            yield CellStatus(*own, FAILED, failure)
         elif step and makes in (Path(cell["store"]).stem, *scores):
-            yield CellStatus(name, seed, step, seconds=since)
+            yield CellStatus(*own, step, seconds=since)
         else:
             is_stopped = not now and total and done < total
-            yield CellStatus(name, seed, WAITING, f"stopped at step {done} of {total}" if is_stopped else "")
+            yield CellStatus(*own, WAITING, f"stopped at step {done} of {total}" if is_stopped else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def to_table(status: Status, most: int | None = None) -> Table:
         cells = [cells[number] for number in sorted(kept)]
     table = Table(show_edge=False)
     table.add_column("cell", overflow="fold")
-    for name in ("seed", "state"):
+    for name in ("heads", "seed", "state"):
         table.add_column(name)
     if most is None:
         table.add_column("", overflow="fold")
@@ -188,7 +189,7 @@ def to_table(status: Status, most: int | None = None) -> Table:
     table.add_column("left", justify="right")
     for cell in cells:
         done = f"{100 * cell.progress:.0f} %" if cell.progress is not None else _shown(cell.seconds)
-        shown = (cell.cell, str(cell.seed), cell.state, cell.detail, done, _shown(cell.left))
+        shown = (cell.cell, cell.reads, str(cell.seed), cell.state, cell.detail, done, _shown(cell.left))
         table.add_row(*(Text(_printable(one), style=styles.get(cell.state, "bold")) for one in shown))
     return table
 
