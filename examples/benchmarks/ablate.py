@@ -12,9 +12,11 @@ with that of an undisturbed run. `ray` does so on two nodes of this machine, one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from measuring import table
@@ -169,10 +172,7 @@ def run_on_ray(args: argparse.Namespace, out: Path) -> None:
         if driver.wait() or not second:
             raise SystemExit("the grid did not end well")
     finally:
-        for pid in first | second:
-            if pid in raylets():
-                os.kill(pid, signal.SIGTERM)
-        stop_head(before)
+        stop_head()
 
 
 def raylets() -> set[int]:
@@ -189,15 +189,21 @@ def raylets() -> set[int]:
     return found
 
 
-def stop_head(before: set[int]) -> None:
-    """End the server of our head, known by its port."""
+def stop_head() -> None:
+    """Kill what is left of our cluster: every process that names the session of the head on our port."""
+    commands = {pid: words for pid, words in all_commands() if b"/ray/" in words}
+    heads = [words for words in commands.values() if f"--gcs_server_port={PORT}".encode() in words]
+    sessions = {name for words in heads for name in re.findall(rb"/(session_[^/\0]+)", words)}
+    for pid, words in commands.items():
+        if any(name in words for name in sessions):
+            os.kill(pid, signal.SIGKILL)
+
+
+def all_commands() -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the command line of every process."""
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith(b"gcs_server") and f"--gcs_server_port={PORT}".encode() in words:
-            os.kill(int(path.name), signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            yield int(path.name), (path / "cmdline").read_bytes()
 
 
 def main() -> None:
