@@ -4,6 +4,7 @@ import _thread
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from mefem_cli.errors import MefemError, NoInputError, OutputError, UsageError
 from mefem_cli.executors import Stopping, local, parts, processes
 from mefem_cli.executors.local import Launcher, environment
 from mefem_cli.executors.locks import claimed, is_claimed
-from mefem_cli.executors.on_ray import OnRay, task_resources
+from mefem_cli.executors.on_ray import OnRay, refuse_silence, task_resources
 from mefem_cli.executors.options import OnOptions, PartsOptions
 from mefem_cli.executors.parts import Part
 from mefem_cli.stores.crops import read_manifest
@@ -180,6 +181,17 @@ def test_wrong_parts_are_usage_errors(on, count, message):
 )
 def test_resources_of_a_task(machines, jobs, wants_gpu, expected):
     assert task_resources(machines, jobs, wants_gpu) == expected
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_gone_is_told_at_once(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        refuse_silence("ray", address)  # somebody listens
+    with pytest.raises(NoInputError, match=f"no Ray cluster answers at {address} .*type ray stop"):
+        refuse_silence("ray", address)
+    for named in ("", "auto", "local"):
+        refuse_silence("ray", named)
 
 
 def test_without_ray_it_is_named(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from mefem_cli.executors.processes import STOP_SECONDS, Processes
 
 MOST_ATTEMPTS = 10  # of a piece of work whose machines are lost, or run out of memory
 WAIT_SECONDS = 1.0  # so often a signal is noticed
+CONNECT_SECONDS = 5.0  # for a cluster to answer
 ALIVE, CPU, GPU = "Alive", "CPU", "GPU"
 
 
@@ -44,6 +45,7 @@ class OnRay:
 
     def _connect(self, where: str) -> None:
         address = where if where.startswith("ray://") else where.partition(":")[2] or None
+        refuse_silence(where, address or os.environ.get("RAY_ADDRESS") or _last_cluster())
         try:
             self._ray.init(address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError, ImportError) as error:
@@ -95,6 +97,29 @@ class OnRay:
         if references:
             with contextlib.suppress(KeyboardInterrupt):  # pressed again: now
                 self._ray.wait(references, num_returns=len(references), timeout=STOP_SECONDS)
+
+
+def refuse_silence(where: str, address: str) -> None:
+    """Raise NoInputError where nothing listens at HOST:PORT, as Ray itself would go on trying for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # none is named, or in words of Ray, such as `auto`
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise NoInputError(
+            f"--on {where}: no Ray cluster answers at {address} ({reason}); see ray status, "
+            "or type ray stop where it was a cluster of this machine that is gone"
+        ) from error
+
+
+def _last_cluster() -> str:
+    """Return the address of the cluster that was last started on this machine, as Ray looks it up, or an empty text."""
+    try:
+        return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
 
 
 def task_resources(machines: Sequence[Mapping[str, float]], jobs: int | None, wants_gpu: bool) -> dict[str, float]:
