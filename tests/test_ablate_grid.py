@@ -215,6 +215,7 @@ def test_a_wrong_grid_file_names_what_is_wrong(tmp_path, text, message):
         ([], {"vary": ["mask=strips"]}, 'did you mean "stripes"'),
         ([], {"vary": ["head=liner"]}, 'did you mean "linear"'),
         ([], {"vary": ["seed=1,2"]}, "set for each cell"),
+        ([], {"vary": ["print-sbatch=true"]}, "set for each cell"),
         ([], {"vary": ["width=2"], "set": ["width=3"]}, "give one"),
         ([], {"vary": ["epochs=2"], "epochs": 3}, "give one"),
         ([], {"vary": ["width=2"], "head": "linear", "features": "patches"}, "linear takes cls"),

@@ -23,7 +23,7 @@ FREE = frozenset({"device", "workers", "checkpoint_every"})  # how a step runs, 
 # Set by ablate itself, or without a place in its table.
 OWNED = frozenset(
     ("out", "overwrite", "resume", "dry_run", "seed", "model", "store", "by", "quiet", "json", "config", "debug")
-    + ("on", "parts", "shard")
+    + ("on", "parts", "shard", "print_sbatch")
 )
 CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values are the files of a room
 # Options that another option's value leaves without effect.
