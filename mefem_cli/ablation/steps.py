@@ -23,8 +23,9 @@ FREE = frozenset({"device", "workers", "checkpoint_every"})  # how a step runs, 
 # Set by ablate itself, or without a place in its table.
 OWNED = frozenset(
     ("out", "overwrite", "resume", "dry_run", "seed", "model", "store", "by", "quiet", "json", "config", "debug")
-    + ("on", "parts", "shard", "print_sbatch")
+    + ("on", "parts", "shard")
 )
+REFUSED = OWNED | {"print_sbatch"}  # which starts nothing; keys hold it
 CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values are the files of a room
 # Options that another option's value leaves without effect.
 IGNORED_WITH = {("loss_weight", "uniform"): frozenset({"r0", "sigma"})}
@@ -68,10 +69,10 @@ def resolve_name(typed: str) -> str:
     step, dot, option = name.partition(".")
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
-    if step not in STEPS or option not in options(step):
+    if step not in STEPS or option not in options(step) or option in REFUSED:
         if option == MODEL:
             raise UsageError("encoders are named with --model, in a grid file under `model:`")
-        if option in OWNED:
+        if option in REFUSED:
             raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
         raise UsageError(f'there is no option "{typed}"{_nearest(option, known)}')
