@@ -5,7 +5,7 @@
 #            examples/quickstart.sh OUT PHOTOS LABELS.csv   on your own; LABELS.csv: path, subject, bmi, age
 # Time:      3 min 50 s of processor time on 2 cores of an AMD EPYC, without a GPU
 # Expected:  age r2 .27 [.17, .36], step 0 .21 [.12, .29]: not told apart by 600 photos; BMI is not read (r2 .00)
-# Options of pretraining can be added by RECIPE="--epochs 50 ..."; by default a small network for few faces.
+# RECIPE="--epochs 50 ..." takes the place of the options of pretraining, by default a small network for few faces.
 set -euo pipefail
 here=$(dirname "$0") out=$1
 photos=${2:-$out/photos} labels=${3:-$out/labels.csv}

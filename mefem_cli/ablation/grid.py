@@ -174,6 +174,8 @@ def _parse_table(content: Mapping[str, Any], section: str) -> dict[str, Any]:
         name = steps.resolve_name(str(typed))
         if section == "vary":
             parsed[name] = [steps.parse(name, one) for one in (value if isinstance(value, list) else [value])]
+            if not parsed[name]:
+                raise UsageError(f"`vary`: {typed} has no values; wanted such as `{typed}: [2, 3]`")
         else:
             parsed[name] = steps.parse(name, value)
     return parsed

@@ -25,7 +25,8 @@ OWNED = frozenset(
     ("out", "overwrite", "resume", "dry_run", "seed", "model", "store", "by", "quiet", "json", "config", "debug")
     + ("on", "parts", "shard")
 )
-REFUSED = OWNED | {"print_sbatch"}  # which starts nothing; keys hold it
+# Of which a cell has no score of its own, though keys hold them; the grid itself has --limit.
+UNSHOWN = frozenset({"print_sbatch", "limit", "fraction", "permute"})
 CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values are the files of a room
 # Options that another option's value leaves without effect.
 IGNORED_WITH = {("loss_weight", "uniform"): frozenset({"r0", "sigma"})}
@@ -69,10 +70,13 @@ def resolve_name(typed: str) -> str:
     step, dot, option = name.partition(".")
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
-    if step not in STEPS or option not in options(step) or option in REFUSED:
+    if step not in STEPS or option not in options(step) or option in UNSHOWN:
         if option == MODEL:
             raise UsageError("encoders are named with --model, in a grid file under `model:`")
-        if option in REFUSED:
+        if option in UNSHOWN:
+            hint = "; type mefem ablate --limit N" if option == "limit" else ""
+            raise UsageError(f"--{option.replace('_', '-')} has no place in the cells of a grid{hint}")
+        if option in OWNED:
             raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
         raise UsageError(f'there is no option "{typed}"{_nearest(option, known)}')
