@@ -274,9 +274,13 @@ def _open_crops(named: list[str], limit: int | None) -> Crops:
 class _LabelledFaces:
     """Crops as the probing protocol sees a store before it reads features: labels, and who is who."""
 
+    label_rows = FeatureStore.label_rows  # a table of folds is joined in the same way
+    _shares_its_picture = FeatureStore._shares_its_picture
+
     def __init__(self, crops: Crops):
         self.ids = np.array(crops.ids, dtype=object)
         self.labels, self.meta = crops.labels, crops.columns
+        self.path = crops.folders[0]
 
     def __len__(self) -> int:
         return len(self.ids)
