@@ -158,11 +158,10 @@ def run_on_ray(args: argparse.Namespace, out: Path) -> None:
         "--include-dashboard=false",
         *small,
     ]
-    before = raylets()
     subprocess.run(head, **quiet)  # type: ignore[call-overload]
-    first = raylets() - before
+    before = raylets()
     subprocess.run([ray, "start", f"--address=127.0.0.1:{PORT}", *small], **quiet)  # type: ignore[call-overload]
-    second = raylets() - before - first
+    second = raylets() - before
     try:
         driver = subprocess.Popen(command(args, out, "--on", f"ray:127.0.0.1:{PORT}"), stdout=subprocess.DEVNULL)
         while len(list(out.glob("cells/*/run/last.ckpt"))) < 3 and driver.poll() is None:

@@ -70,12 +70,12 @@ def resolve_name(typed: str) -> str:
     step, dot, option = name.partition(".")
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
-    if step not in STEPS or option not in options(step) or option in UNSHOWN:
+    if option in UNSHOWN:
+        hint = "; type mefem ablate --limit N" if option == "limit" else ""
+        raise UsageError(f"--{option.replace('_', '-')} has no place in the cells of a grid{hint}")
+    if step not in STEPS or option not in options(step):
         if option == MODEL:
             raise UsageError("encoders are named with --model, in a grid file under `model:`")
-        if option in UNSHOWN:
-            hint = "; type mefem ablate --limit N" if option == "limit" else ""
-            raise UsageError(f"--{option.replace('_', '-')} has no place in the cells of a grid{hint}")
         if option in OWNED:
             raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
