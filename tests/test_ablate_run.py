@@ -293,6 +293,28 @@ def start_driver(stand_in: Path, crops: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def test_a_folder_that_nobody_named_keeps_its_tables(crops, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(out: str | None = None, seed: int = 0, **flags) -> Path:
+        options = AblateOptions(vary=["width=2,3"], crops=[str(crops)], **flags)
+        job = Job.prepare([], options, {}, ProductOptions(out=out, seed=seed))
+        job.run()
+        return job.out
+
+    out = run()
+    before = (out / "results.csv").read_bytes()
+    for other in ({"set": ["mask=stripes", "folds=4"]}, {"seed": 7}, {"head": "knn"}):
+        with pytest.raises(OutputError, match="width: holds the tables of another grid"):
+            run(**other)
+    assert (out / "results.csv").read_bytes() == before
+    assert run(seeds=2, reference=["width=3"]) == out  # more of the same
+    with pytest.raises(OutputError, match="type -o ablations/width to replace them"):
+        run()  # one seed of two
+    assert run(out=str(out)) == out
+    assert (out / "results.csv").read_bytes() == before
+
+
 def test_two_drivers_take_turns(crops, stand_in, tmp_path):
     (stand_in / "seconds").write_text("1")
     drivers = [start_driver(stand_in, crops, tmp_path / "out") for _ in range(2)]
@@ -333,6 +355,15 @@ def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in
     assert begun > ended  # never two in one run
 
 
+def test_a_file_whose_reference_fits_no_row_fails_before(crops, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text("rows: [{width: 2}, {width: 3}]\nreference: {width: 7}")
+    with pytest.raises(UsageError, match='--reference "width=7" fits no cell of this grid; there is width=2; width=3'):
+        prepare(crops, tmp_path / "out", named=[str(path)])
+    prepare(crops, tmp_path / "out", named=[str(path)], set=["width=3"])  # changed on purpose
+    assert "width=7, fits no cell now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
@@ -341,6 +372,7 @@ def test_the_steps_of_a_killed_driver_are_stopped_and_waited_for(crops, stand_in
         ({"set": ["folds=31"]}, UsageError, "fewer than the 31 folds"),
         ({"set": ["folds=1"]}, UsageError, "--folds 1"),
         ({"set": ["weight_decay=x"]}, UsageError, "--weight-decay x"),
+        ({"set": ["cls_prob=none"], "features": "cls"}, UsageError, "cls_prob=none have no CLS token"),
     ],
 )
 def test_what_would_fail_after_training_fails_before(crops, tmp_path, flags, error, message):

@@ -103,7 +103,7 @@ def cells_of(**vary) -> list[Cell]:
 
 def named(typed: str, cells: list[Cell]) -> list[str]:
     wanted = [grids.parse_reference(typed)]
-    known_references(wanted, cells, is_typed=True)
+    known_references(wanted, cells, is_exact=True)
     return [one.name for one in find_references(wanted, cells)]
 
 
@@ -125,6 +125,8 @@ def test_a_reference_is_named_by_what_is_shown_or_by_any_option():
         ("width=7", "fits no cell of this grid; there is mask=stripes width=2"),
         ("widht=3", 'did you mean "width"'),
         ("mask", "wanted option=value"),
+        ("mask=quadrants head=attentive", "fits no cell of this grid; there is mask=stripes width=2 (linear, mlp)"),
+        ("mask=quadrants head=mlp features=patches", "fits no cell of this grid; there is"),
     ],
 )
 def test_a_reference_that_is_none_or_several_is_an_error(typed, message):
@@ -133,9 +135,25 @@ def test_a_reference_that_is_none_or_several_is_an_error(typed, message):
     assert message in str(error.value)
 
 
+def test_a_reference_may_name_a_head_and_features_that_are_read():
+    cells = cells_of(mask=["stripes", "quadrants"])
+    assert named("mask=quadrants head=mlp features=cls", cells) == ["mask=quadrants"]
+    without = cells_of(cls_prob=[None, 0.5])  # no CLS token: the default of its heads is another
+    assert named("cls_prob=none features=mean", without) == ["cls_prob=none"]
+    with pytest.raises(UsageError, match="fits no cell"):
+        named("cls_prob=0.5 features=mean", without)
+
+
+def test_a_group_has_one_reference():
+    cells = expand(Grid("g", rows=[Row({"width": 2}, "A"), Row({"width": 3}, "A"), Row({"width": 4}, "B")]))
+    assert known_references([{"width": 3}, {"width": 4}], cells, is_exact=True) == [{"width": 3}, {"width": 4}]
+    with pytest.raises(UsageError, match='"width=2" and "width=3": the group "A" has one reference'):
+        known_references([{"width": 2}, {"width": 3}], cells, is_exact=True)
+
+
 def test_a_presets_reference_that_flags_took_away_is_a_warning(capsys):
     cells = cells_of(mask=["quadrants", "multiblock"])
-    assert known_references([{"mask": "stripes"}], cells, is_typed=False) == []
+    assert known_references([{"mask": "stripes"}], cells, is_exact=False) == []
     assert "mask=stripes, fits no cell" in capsys.readouterr().err
 
 

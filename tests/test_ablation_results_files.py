@@ -185,6 +185,16 @@ def test_another_reference_is_asked_for_on_the_command_line(finished, tmp_path, 
         prepare(tmp_path / "copy", reference=["mask=multiblock"])
 
 
+def test_a_reference_without_scores_is_told(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(summary, "MOST_DRAWN", 0)
+    shutil.copytree(finished, tmp_path / "copy")
+    job = prepare(tmp_path / "copy")
+    job.grid.references[:] = [{"mask": "quadrants", "features": "mean"}]
+    monkeypatch.setattr(differences, "_reads", lambda cell, columns: True)  # as of a given encoder without a CLS token
+    job.run()
+    assert "the reference, mask=quadrants features=mean, has no scores: no row" in capsys.readouterr().err
+
+
 # Without files --------------------------------------------------------------------------------------------------------
 
 

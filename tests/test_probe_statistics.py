@@ -10,7 +10,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mefem_cli.evaluation import bootstrap, calibration, conformal, covariates, metrics
+from mefem_cli.evaluation import bootstrap, calibration, conformal, covariates, metrics, report
 from mefem_cli.evaluation.evaluate import (
     compare,
     evaluate,
@@ -351,3 +351,21 @@ def test_rows_say_it_all(tmp_path):
     for row in (number, classes):
         assert set(row["conformal"]) == {"level", "half_width", "coverage", "width"}
         assert 0.8 < row["conformal"]["coverage"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [
+        ((0.412, 0.371, 0.45), "+0.412 [0.371, 0.450]"),
+        ((-0.0002, -0.0004, -0.0001), "-0.0002 [-0.0004, -0.0001]"),  # a clear difference has its sign
+        ((0.0124, 0.0002, 0.03), "+0.0124 [0.0002, 0.0300]"),  # its end is not 0
+        ((-0.0002, -0.03, 0.03), "0.000 [-0.030, 0.030]"),
+        ((0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
+        ((13.7, 12.31, 17.01), "+13.70 [12.31, 17.01]"),
+        ((1234.5, 1200.0, 1300.0), "+1234 [1200, 1300]"),
+        ((1e-9, 1e-10, 2e-9), "0.000000 [0.000000, 0.000000]"),  # there is an end to it
+        ((float("nan"), float("nan"), float("nan")), "- [-, -]"),
+    ],
+)
+def test_an_interval_has_the_digits_that_tell_its_ends_apart(interval, shown):
+    assert report.cell(bootstrap.Interval(*interval), "+") == shown

@@ -51,7 +51,18 @@ class Reference:
     def fits(self, line: Line, compared: Line) -> bool:
         """Whether `line` is what `compared` is to be compared with."""
         wanted = {"head": compared.head, "features": compared.features, **self.own}
-        return line.cell.name == self.name and {"head": line.head, "features": line.features} == wanted
+        return line.cell.name == self.name and _columns_of(line) == wanted
+
+    def names(self, line: Line) -> bool:
+        """Whether `line` is one that others may be compared with."""
+        return line.cell.name == self.name and self.own.items() <= _columns_of(line).items()
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{name}={shown_value(value)}" for name, value in self.own.items())])
+
+
+def _columns_of(line: Line) -> Assignment:
+    return {"head": line.head, "features": line.features}
 
 
 def find_references(wanted: Sequence[Assignment], cells: Sequence[Cell]) -> list[Reference]:
@@ -60,25 +71,39 @@ def find_references(wanted: Sequence[Assignment], cells: Sequence[Cell]) -> list
     return found or [Reference(cells[0].name, {})]
 
 
-def known_references(wanted: Sequence[Assignment], cells: Sequence[Cell], is_typed: bool) -> list[Assignment]:
-    """Return those that name a cell. Raises UsageError where one names several, or none.
+def known_references(wanted: Sequence[Assignment], cells: Sequence[Cell], is_exact: bool) -> list[Assignment]:
+    """Return those that name a cell. Raises UsageError where one names several, or none, or two are of one group.
 
-    Unless `is_typed`, one that names none is left out with a warning: flags may have changed the grid of a preset.
+    Unless `is_exact`, one that names none is left out with a warning: flags have changed the grid that it was made for.
     """
-    found = []
+    found: list[Assignment] = []
+    groups: dict[str, str] = {}
     for one in wanted:
         names = _names(one, cells)
         typed = " ".join(f"{name}={shown_value(value)}" for name, value in one.items())
-        known = names or list(dict.fromkeys(cell.name for cell in cells))
-        shown = "; ".join(known[:MOST_NAMED]) + "; ..." * (len(known) > MOST_NAMED)
         if len(names) > 1:
-            raise UsageError(f'--reference "{typed}" fits {len(names)} cells ({shown}); add what tells one of them')
-        if not names and is_typed:
-            raise UsageError(f'--reference "{typed}" fits no cell of this grid; there is {shown}')
+            several = _listed(names)
+            raise UsageError(f'--reference "{typed}" fits {len(names)} cells ({several}); add what tells one of them')
+        if not names and is_exact:
+            there = _listed([f"{cell.name} ({cell.reads})" if _columns(one) else cell.name for cell in cells])
+            raise UsageError(f'--reference "{typed}" fits no cell of this grid; there is {there}')
         if not names:
             console.warn(f"the reference of the grid, {typed}, fits no cell now; name one with --reference")
-        found += [one] if names else []
+            continue
+        group = next(cell.group for cell in cells if cell.name == names[0])
+        if group in groups:
+            of_group = f'the group "{group}"' if group else "a grid without groups"
+            raise UsageError(
+                f'--reference "{groups[group]}" and "{typed}": {of_group} has one reference; give one of them'
+            )
+        groups[group] = typed
+        found.append(one)
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    return "; ".join(distinct[:MOST_NAMED]) + "; ..." * (len(distinct) > MOST_NAMED)
 
 
 def _columns(wanted: Assignment) -> Assignment:
@@ -88,8 +113,17 @@ def _columns(wanted: Assignment) -> Assignment:
 def _names(wanted: Assignment, cells: Sequence[Cell]) -> list[str]:
     """Return the names of the cells that fit: those told apart by just these options, else those that have them."""
     options = {name: value for name, value in wanted.items() if name not in COLUMNS_OF_THEIR_OWN}
+    cells = [cell for cell in cells if _reads(cell, _columns(wanted))]
     exact = [cell.name for cell in cells if cell.shown == options]
     return list(dict.fromkeys(exact or [cell.name for cell in cells if _has(cell, options)]))
+
+
+def _reads(cell: Cell, columns: Assignment) -> bool:
+    """Whether a cell has a line with this head or these features, or both."""
+    if cell.model and not cell.probe.get("features"):  # which features it has is known when it is read
+        columns = {name: value for name, value in columns.items() if name != "features"}
+    pairs = steps.reads(cell.probe, bool(cell.model) or steps.has_cls(cell.pretrain))
+    return any(columns.items() <= {"head": head, "features": features}.items() for head, features in pairs)
 
 
 def _has(cell: Cell, options: Assignment) -> bool:

@@ -332,7 +332,7 @@ def expand(grid: Grid) -> list[Cell]:
     """Return the cells in order: rows times the product of what varies, unused options dropped, equal cells merged.
 
     Given encoders come behind those that are trained; they are alone where no option of a pretraining is asked for.
-    Raises UsageError where a head does not take its features.
+    Raises UsageError where a head does not take its features, or an encoder does not have them.
     """
     combinations = [dict(zip(grid.vary, values, strict=True)) for values in itertools.product(*grid.vary.values())]
     assignments = [
@@ -365,6 +365,12 @@ def _is_training(grid: Grid) -> bool:
 
 def _cell(told_apart_by: Iterable[str], assignment: Assignment, model: str) -> Cell:
     given = steps.split(assignment, model)
+    features = given["probe"].get("features") or ""
+    if "cls" in features and not model and not steps.has_cls(given["pretrain"]):
+        raise UsageError(
+            f"--features {features}: encoders with cls_prob=none have no CLS token to read; type mean, or "
+            "give them rows of their own in a grid file"
+        )
     shown = {steps.MODEL: model} if model else {}
     shown |= {
         name: assignment[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -125,7 +126,8 @@ class Job:
         """
         grid = read_grid(named, options, machine)
         cells = grids.expand(grid)
-        known = differences.known_references(grid.references, cells, is_typed=bool(options.reference))
+        is_changed = any((options.vary, options.set, options.model, options.head, options.features, options.epochs))
+        known = differences.known_references(grid.references, cells, bool(options.reference) or not is_changed)
         grid = replace(grid, references=known)
         for cell in cells:
             Given(cell.pretrain).build("engine.plan", "TrainOptions")  # raises for values out of range
@@ -187,7 +189,25 @@ class Job:
             raise OutputError(f"{self.out}: holds something else than an ablation; name another folder with -o")
         if self.product.overwrite:
             products.refuse_existing(self.out, overwrite=True, holds=CELLS)
+        elif other := self.other_grid():
+            raise OutputError(other)
         (self.out / CELLS).mkdir(parents=True, exist_ok=True)
+
+    def other_grid(self) -> str:
+        """Say what would be lost: the tables of a grid of which this one has not all, in a folder that nobody named."""
+        if self.product.out or not (self.out / RESULTS).is_file():
+            return ""
+        try:
+            record = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))
+            there, command = _scores(record["strands"]), " ".join(record["command"])
+        except (OSError, ValueError, LookupError, TypeError):  # damaged: there is nothing to tell them by
+            return ""
+        if there <= _scores(map(self._strand_record, self.strands)):
+            return ""
+        return (
+            f"{self.out}: holds the tables of another grid ({command}); name a folder for this one, "
+            f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -269,6 +289,11 @@ def _open_crops(named: list[str], limit: int | None) -> Crops:
         raise NoInputError("crops/: no such folder; make it with mefem crop, or name one with --crops")
     crops = Crops.open(*folders)
     return crops if limit is None else crops.select(range(min(limit, len(crops))))
+
+
+def _scores(strands: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Return the folders of scores that a grid's tables are made of, by the records of its strands."""
+    return {(one["folder"], scores) for one in strands for cell in one["cells"] for scores in cell["scores"]}
 
 
 class _LabelledFaces:

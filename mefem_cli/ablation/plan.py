@@ -124,7 +124,7 @@ def _size(cell: Cell) -> str:
         return cell.model
     options = steps.settled("pretrain", cell.pretrain)
     kept = {name: value for name, value in options.items() if name not in WITHOUT_TIME}
-    return steps.key({**kept, "cls_prob": kept.get("cls_prob") is not None})
+    return steps.key({**kept, "cls_prob": steps.has_cls(cell.pretrain)})
 
 
 def _of_strand(strand: Strand, cost: Cost | None, num_crops: int) -> float | None:

@@ -140,8 +140,21 @@ def split(assignment: Assignment, model: str = "") -> dict[str, Assignment]:
 
 def reads_patches(probe: Assignment) -> bool:
     """Return whether a head of a probe, named one by one, reads the features of patches."""
-    features = probe.get("features")
-    return any("patches" in (features or _features_of(head)[0]) for head in probe["head"].split(","))
+    return any("patches" in features for _, features in reads(probe))
+
+
+def reads(probe: Assignment, has_cls: bool = True) -> list[tuple[str, str]]:
+    """Return each head of a probe, named one by one, with its features: those asked for, else its default."""
+    defaults = {
+        head: next(one for one in _features_of(head) if has_cls or "cls" not in one)
+        for head in probe["head"].split(",")
+    }
+    return [(head, probe.get("features") or default) for head, default in defaults.items()]
+
+
+def has_cls(pretrain: Assignment) -> bool:
+    """Return whether these options train a CLS token."""
+    return settled("pretrain", pretrain).get("cls_prob", 0) is not None
 
 
 def used(step: str, given: Assignment, model: str = "") -> dict[str, Field]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mefem_cli import console
 from mefem_cli.ablation import cost, differences, reading, results, tables
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.reading import Table
@@ -41,6 +42,10 @@ def write(
     paired = differences.Differences(folder / "cells", strands, faces)
     found = reading.read(outcomes, grid.tasks, grid.seeds, references, paired)
     paired.save()
+    scored = [entry.line for table in found for entry in table.entries if entry.line.seeds]
+    for one in references:
+        if scored and not any(one.names(line) for line in scored):
+            console.warn(f"the reference, {one}, has no scores: no row is compared with it")
     costs = cost.costs(cells, strands)
     failures = tables.failures_of(results.rows_of(outcomes))
     product.write_text(folder / SUMMARY, reading.to_csv(found))

@@ -45,6 +45,8 @@ def run(arguments: list[str], given: Given) -> None:
         return
     job = Job.prepare(arguments, options, machine, product, given.build("executors.options", "OnOptions"))
     if product.dry_run:
+        if other := job.other_grid():
+            console.warn(other)
         _print_plan(job)
         return
     counts = job.run()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Shown in the table, in this order; JSON has all metrics.
 SHOWN = {"regression": ("r2", "mae"), "classification": ("accuracy", "auroc")}
+DECIMALS, MOST_DECIMALS = 3, 6  # of a number below 10, and where two numbers would look alike
 MAX_CALIBRATED = 12  # rows of a table that has a second one beside it
 TITLES = {"r2": "r2", "mae": "MAE", "accuracy": "accuracy", "auroc": "AUROC"}
 
@@ -335,16 +336,32 @@ def model_title(score: Score, scores: list[Score]) -> str:
 
 
 def cell(interval: Interval, sign: str = "") -> str:
-    """Return a value with its interval: 0.412 [0.371, 0.450]."""
-    return f"{number(interval.value, sign)} [{number(interval.low)}, {number(interval.high)}]"
+    """Return a value with its interval: 0.412 [0.371, 0.450].
+
+    It has more than three decimals where the ends, or the end next to 0 and 0, would look alike.
+    """
+    low, high = interval.low, interval.high
+    gaps = [high - low, *([min(abs(low), abs(high))] if interval.excludes_zero else [])]
+    decimals = max((_decimals(gap) for gap in gaps), default=DECIMALS)
+    return f"{number(interval.value, sign, decimals)} [{number(low, '', decimals)}, {number(high, '', decimals)}]"
 
 
-def number(value: float, sign: str = "") -> str:
-    """Return a number with three decimals below 10, else four digits: r2 0.412, MAE 12.31."""
+def _decimals(gap: float) -> int:
+    """Return how many decimals a number wants for a difference of `gap` to be seen."""
+    if not (math.isfinite(gap) and gap > 0):
+        return DECIMALS
+    return min(max(DECIMALS, -math.floor(math.log10(gap))), MOST_DECIMALS)
+
+
+def number(value: float, sign: str = "", decimals: int = DECIMALS) -> str:
+    """Return a number with three decimals below 10, else four digits at least: r2 0.412, MAE 12.31."""
     if not math.isfinite(value):
         return "-"
-    value += 0.0 if abs(value) >= 0.0005 else -value  # no "-0.000"
-    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.4g}"
+    if abs(value) < 0.5 * 10**-decimals:
+        value, sign = 0.0, ""  # no "-0.000"
+    if abs(value) < 10 or decimals > DECIMALS:
+        return f"{value:{sign}.{decimals}f}"
+    return f"{value:{sign}#.4g}".rstrip(".")
 
 
 def save(folder: Path, results: Results, provenance: Mapping[str, Any]) -> None:
