@@ -1,5 +1,6 @@
 """Grids of given encoders: cells, keys, shared features; and what is shown before a grid runs and meanwhile."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_ablate_run import (  # noqa: F401
     calls,
     crops,  # noqa: F401
@@ -215,6 +217,25 @@ def test_status_of_what_runs_failed_and_waits(crops, stand_in, tmp_path, capsys)
     running = replace(status, is_running=True, left=600.0)
     assert statuses.summary(running).endswith("; about 10 min left")
     assert (waiting.folder / FAILURES).exists() is False
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 10), (200, 50)])
+def test_a_live_status_fits_its_terminal_and_ends_with_the_counts(width, height):
+    states = [("training", "epoch 3/66", 0.3, 23.0, 400.0), ("failed", "mefem pretrain: " + "no " * 40), ("waiting",)]
+    cells = [
+        statuses.CellStatus(f"mask=stripes width={one} loss_weight=circular", "attentive on patches+cls", seed, *state)
+        for one in range(8)
+        for seed, state in enumerate(states)
+    ]
+    terminal = Console(width=width, height=height, file=io.StringIO())
+    terminal.print(statuses._fitting(statuses.Status(cells, True, 600.0), terminal))
+    lines = terminal.file.getvalue().splitlines()
+    assert len(lines) <= height - 1
+    assert lines[-1].startswith("8 failed, 8 training, 8 waiting; about 10 min left")
+    assert "training 30 %" in lines[2] and "7 min" in lines[2]
+    shown = sum(any(state in line for state in ("training 30 %", "failed: ", " waiting")) for line in lines[:-1])
+    assert shown == {10: 1, 24: 8, 50: 24}[height]
+    assert (f"... and {24 - shown} more" in lines) == (shown < 24)
 
 
 def test_status_of_damaged_files_and_of_nothing(crops, stand_in, tmp_path, capsys):  # noqa: F811

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MONITOR_SHARE = 0.05  # of the faces are watched and not trained on, at most
 TRIAL_SECONDS = 1.0  # for the timed steps of one size
+NARROWEST_NAME = 20  # characters: loss_weight=circular in one piece
 TRIAL_IMAGES = 8  # for a given encoder
 # Options of a pretraining that leave the time of a step as it is.
 WITHOUT_TIME = frozenset(
@@ -75,6 +76,7 @@ def _describe_cell(job: Job, cell: Cell, counts: dict[Path, int | None], seconds
         "steps": counts[own[0].folder],
         "head": cell.probe["head"],
         "features": cell.probe.get("features"),
+        "reads": cell.reads,
         "states": [strand.state for strand in own],
         "estimated_seconds": [seconds.get(strand.folder, 0.0) for strand in own],  # of the encoder, shared with others
     }
@@ -188,9 +190,17 @@ def _try_model(strand: Strand) -> Cost:
 
 def to_table(plan: dict[str, Any]) -> Table:
     """Return the cells as a table; an encoder that several share has its steps and time in its first line."""
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("cell", "encoder", "epochs", "steps", "time", "heads", "features", "state", show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("cell", overflow="fold", min_width=NARROWEST_NAME)
+    for name in ("heads", "encoder"):
+        table.add_column(name, overflow="fold")
+    for name in ("epochs", "steps", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", min_width=len("finished"))
     seen: set[str] = set()
     for cell in plan["cells"]:
         encoder = cell["pretraining"] or cell["model"]
@@ -201,8 +211,7 @@ def to_table(plan: dict[str, Any]) -> Table:
         count = "" if cell["model"] else "?" if cell["steps"] is None else f"{cell['steps']:,}"
         cost = ("same", "") if is_shared else (count, _shown_seconds(cell["estimated_seconds"]))
         states = ", ".join(dict.fromkeys(cell["states"]))
-        heads, features = cell["head"].replace(",", ", "), cell["features"] or "default"
-        table.add_row(cell["cell"], named, num_epochs, *cost, heads, features, states)
+        table.add_row(*map(Text, (cell["cell"], cell["reads"], named, num_epochs, *cost, states)))
     return table
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,13 +25,14 @@ from mefem_cli.errors import NoInputError
 from mefem_cli.executors.locks import is_claimed
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
 AT_WORK = {"pretrain": "training", "embed": "embedding", "probe": "probing"}  # step -> what it is called
 ORDER = (*AT_WORK.values(), FAILED, WAITING, FINISHED)  # where not all fit on a screen
 REFRESH_SECONDS = 2.0
-LONGEST_LIVE_DETAIL = 36  # characters, where each cell has one line
+LONGEST_LIVE_STATE = 36  # characters, so that a failure has one line
 STEPS_PER_EPOCH = re.compile(r"steps_per_epoch=(\d+)")  # of the plan in run.log
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: its last rows
 
@@ -161,14 +163,15 @@ def show(out: Path) -> None:
         return
     with Live(console=terminal, screen=False, auto_refresh=False) as live:
         while status.is_running:
-            live.update(_fitting(status, terminal.height), refresh=True)
+            live.update(_fitting(status, terminal), refresh=True)
             time.sleep(REFRESH_SECONDS)
             status = read(out)
-        live.update(_fitting(status, terminal.height), refresh=True)
+        live.update(_fitting(status, terminal), refresh=True)
 
 
 def to_table(status: Status, most: int | None = None) -> Table:
-    """Return a table of the cells; of more than `most`, those at work, failed and next."""
+    """Return a table of the cells; of more than `most`, those at work, failed and next, failures cut to a line."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -177,21 +180,27 @@ def to_table(status: Status, most: int | None = None) -> Table:
     if most is not None and len(cells) > most:
         kept = sorted(range(len(cells)), key=lambda number: ORDER.index(cells[number].state))[:most]
         cells = [cells[number] for number in sorted(kept)]
-    table = Table(show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("cell", overflow="fold")
-    for name in ("heads", "seed", "state"):
-        table.add_column(name)
+    table.add_column("heads")
+    table.add_column("seed", justify="right")
     if most is None:
-        table.add_column("", overflow="fold")
-    else:  # a line each
-        table.add_column("", overflow="ellipsis", no_wrap=True, max_width=LONGEST_LIVE_DETAIL)
-    table.add_column("done", justify="right")
+        table.add_column("state", overflow="fold")
+    else:
+        table.add_column("state", overflow="ellipsis", no_wrap=True, max_width=LONGEST_LIVE_STATE)
     table.add_column("left", justify="right")
     for cell in cells:
-        done = f"{100 * cell.progress:.0f} %" if cell.progress is not None else _shown(cell.seconds)
-        shown = (cell.cell, cell.reads, str(cell.seed), cell.state, cell.detail, done, _shown(cell.left))
+        shown = (cell.cell, cell.reads, str(cell.seed), _shown_state(cell), _shown(cell.left))
         table.add_row(*(Text(_printable(one), style=styles.get(cell.state, "bold")) for one in shown))
     return table
+
+
+def _shown_state(cell: CellStatus) -> str:
+    """Return `training 30 %`, `probing, 12 s` or `failed: why`."""
+    if cell.progress is not None:
+        return f"{cell.state} {100 * cell.progress:.0f} %"
+    between = ": " if cell.state == FAILED else ", "
+    return between.join(filter(None, (cell.state, cell.detail or _shown(cell.seconds))))
 
 
 def summary(status: Status) -> str:
@@ -206,15 +215,21 @@ def summary(status: Status) -> str:
     return shown + (f"; about {duration(status.left)} left" if status.left is not None and is_open else "")
 
 
-def _fitting(status: Status, height: int) -> Any:
+def _fitting(status: Status, terminal: Console) -> Any:
     """Return what fits on a terminal: the table, or its most telling rows, and the summary."""
     from rich.console import Group
     from rich.text import Text
 
-    room = max(3, height - 5)
-    hidden = len(status.cells) - room
-    more = [Text(f"... and {hidden} more", style="dim")] if hidden > 0 else []
-    return Group(to_table(status, room), *more, Text(summary(status)))
+    def shown(num_rows: int) -> Group:
+        hidden = len(status.cells) - num_rows
+        more = [Text(f"... and {hidden} more", style="dim")] if hidden else []
+        return Group(to_table(status, num_rows), *more, Text(summary(status)))
+
+    def num_lines(num_rows: int) -> int:
+        return len(terminal.render_lines(shown(num_rows)))
+
+    most = min(len(status.cells), terminal.height)
+    return shown(max(1, bisect_right(range(1, most + 1), terminal.height - 1, key=num_lines)))
 
 
 def _shown(seconds: float | None) -> str:
