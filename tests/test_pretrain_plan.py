@@ -162,6 +162,23 @@ def trial_of(job: Job, most: int = 64, seconds: float = 0.2) -> estimate.Trial:
     return estimate.try_steps(trainer, faces, most, seconds)
 
 
+@pytest.mark.parametrize(
+    ("step_seconds", "most", "tick", "chosen"),
+    [
+        (lambda faces: 1e-4 * faces, 64, 0.1, 64),  # quick: all of them
+        (lambda faces: 1.0, 64, 0.1, 32),  # a busy machine: two faces take as long as many
+        (lambda faces: 1.0, 5, 0.1, 5),
+        (lambda faces: 0.01 * faces, 128, 0.1, 32),  # as many as a step has time for, of 1 s / 4
+        (lambda faces: 1.0, 64, 3.0, 8),  # time is up
+    ],
+)
+def test_slow_steps_of_few_faces_are_not_believed(step_seconds, most, tick, chosen, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: tick * next(clock))
+    monkeypatch.setattr(estimate, "_take_step", lambda trainer, faces: step_seconds(len(faces)))
+    assert len(estimate._choose_faces(None, torch.zeros(64, 3, 1, 1), most, 1.0)) == chosen
+
+
 def test_what_the_backward_pass_keeps_of_a_face(folder):
     """Counted by hand for a block: 16 widths of numbers a token, in 4 bytes; weights are no face's.
 

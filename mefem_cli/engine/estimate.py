@@ -24,6 +24,7 @@ from mefem_cli.engine.resources import peak_host_memory
 from mefem_cli.engine.stream import Batch, ImageStream
 
 MIN_TIMED_STEPS, MAX_TIMED_STEPS = 4, 8  # in the time given, if all goes well
+TELLING_FACES, MOST_WARM_UPS, FACTOR = 16, 4, 4  # of a step, times the seconds given, from one size to the next
 MAX_READ_FACES = 64
 FLOAT_BYTES = 4  # of weights, gradients and each of AdamW's two moments, on any device
 REPORT_BYTES = 3_000_000  # report.html, metrics, log
@@ -91,13 +92,9 @@ def try_steps(trainer: Trainer, faces: torch.Tensor, most: int, seconds: float) 
     The first ones, of one face and of two, show what the backward pass keeps of a face: the second keeps that much
     more.
     """
-    kept_one, _ = _weigh_step(trainer, faces[:1])
-    kept_two, latest = _weigh_step(trainer, faces[:2])
-    num_faces = 2
-    for _ in range(2):  # first steps are slow, so the number of faces is judged twice
-        num_faces = int(np.clip(seconds / MIN_TIMED_STEPS * num_faces / latest, min(num_faces, most), most))
-        some = faces.repeat(math.ceil(num_faces / len(faces)), 1, 1, 1)[:num_faces]
-        latest = _take_step(trainer, some)
+    kept_one, kept_two = (_weigh_step(trainer, faces[:number]) for number in (1, 2))
+    some = _choose_faces(trainer, faces, most, seconds)
+    num_faces = len(some)
     if trainer.device.is_cuda:
         torch.cuda.reset_peak_memory_stats(trainer.device.torch)
     times: list[float] = []
@@ -115,6 +112,23 @@ def try_steps(trainer: Trainer, faces: torch.Tensor, most: int, seconds: float) 
     )
 
 
+def _choose_faces(trainer: Trainer, faces: torch.Tensor, most: int, seconds: float) -> torch.Tensor:
+    """Return as many faces as a timed step has time for, up to `most`.
+
+    Few faces on a busy machine take as long as many, so that a step of two says nothing of one of 64: slow steps are
+    only believed from `TELLING_FACES` on, or when time is up.
+    """
+    begun, num_faces = time.perf_counter(), min(2, most)
+    while True:
+        some = faces.repeat(math.ceil(num_faces / len(faces)), 1, 1, 1)[:num_faces]
+        latest = min(_take_step(trainer, some) for _ in range(2))  # the first of a size is slow
+        is_slow = latest > seconds / MIN_TIMED_STEPS
+        is_late = time.perf_counter() - begun > MOST_WARM_UPS * seconds
+        if num_faces == most or (is_slow and (num_faces >= TELLING_FACES or is_late)):
+            return some
+        num_faces = min(most, FACTOR * num_faces)
+
+
 def _take_step(trainer: Trainer, faces: torch.Tensor) -> float:
     """Take a training step of just these faces; return its seconds."""
     num_faces = len(faces)
@@ -126,8 +140,8 @@ def _take_step(trainer: Trainer, faces: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def _weigh_step(trainer: Trainer, faces: torch.Tensor) -> tuple[int, float]:
-    """Take a training step; return the bytes that it kept for the backward pass, and its seconds."""
+def _weigh_step(trainer: Trainer, faces: torch.Tensor) -> int:
+    """Take a training step; return the bytes that it kept for the backward pass."""
     kept: dict[int, int] = {}  # bytes by address, as many tensors are views of one storage
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,8 +150,8 @@ def _weigh_step(trainer: Trainer, faces: torch.Tensor) -> tuple[int, float]:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        seconds = _take_step(trainer, faces)
-    return sum(kept.values()), seconds
+        _take_step(trainer, faces)
+    return sum(kept.values())
 
 
 def _time_update(trainer: Trainer) -> float:
