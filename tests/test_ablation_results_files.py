@@ -39,7 +39,7 @@ rows:
 """
 WRITTEN = ("results.csv", "summary.csv", "costs.csv", "results.md", "results.tex", "report.html")
 FIGURES = tuple(f"figures/{kind}-bmi.{form}" for kind in ("scores", "differences") for form in ("svg", "png"))
-HEADER = ["mask", "width", "loss_weight", "seeds", "head", "features", "r2 [95 %]", "MAE [95 %]"]
+HEADER = ["mask", "width", "loss_weight", "head", "features", "r2 [95 %]", "MAE [95 %]"]
 HEADER += ["r2 - reference", "verdict", "r2 published*"]
 
 
@@ -96,51 +96,56 @@ def test_without_predictions_there_are_scores_and_no_differences(finished, tmp_p
         path.unlink()
     job.run()
     header, _, *rows = markdown_rows((job.out / "results.md").read_text())
-    assert header == [*HEADER[:8], HEADER[-1]]  # no differences
-    assert all(row[6].startswith(("0.", "-")) for row in rows if row[4])
+    assert header == [*HEADER[:7], HEADER[-1]]  # no differences
+    assert all(row[5].startswith(("0.", "-")) for row in rows if row[3])
 
 
 def test_markdown_has_groups_with_the_features_of_an_encoder_under_each_other(finished):
     header, rule, *rows = markdown_rows((finished / "out/results.md").read_text())
     assert header == HEADER and all(set(one) == {"-"} for one in rule)
-    assert [row[:6] for row in rows] == [
-        ["**Masks <b> & 5 $**", "", "", "", "", ""],
-        ["stripes", "2", "", "3", "linear", "cls"],
-        ["", "", "", "3", "mlp", "cls"],
-        ["quadrants", "", "", "3", "linear", "cls"],
-        ["**Weight**", "", "", "", "", ""],
-        ["stripes", "", "uniform", "3", "linear", "cls"],
+    assert [row[:5] for row in rows] == [
+        ["**Masks <b> & 5 $**", "", "", "", ""],
+        ["stripes", "2", "", "linear", "cls"],
+        ["", "", "", "mlp", "cls"],
+        ["quadrants", "", "", "linear", "cls"],
+        ["**Weight**", "", "", "", ""],
+        ["stripes", "", "uniform", "linear", "cls"],
     ]
-    assert [row[8] for row in rows if row[4]][:2] == ["reference", "reference"]
-    assert [row[9] for row in rows if row[4]] == ["", "", "worse", rows[-1][9]]
-    assert [row[10] for row in rows if row[4]] == ["0.610", "-", "-", "-"]
+    assert [row[7] for row in rows if row[3]][:2] == ["reference", "reference"]
+    assert [row[8] for row in rows if row[3]] == ["", "", "worse", "unclear"]
+    assert [row[9] for row in rows if row[3]] == ["0.610", "-", "-", "-"]
     text = (finished / "out/results.md").read_text()
-    assert reading.CAPTION_PUBLISHED in text and reading.CAPTION_SEEDS in text
+    assert reading.CAPTION_PUBLISHED in text and reading.CAPTION_SEEDS.format(3) in text
 
 
 def test_latex_has_as_many_places_in_each_row_and_compiles(finished, tmp_path):
     text = (finished / "out/results.tex").read_text()
-    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    rows = [line for line in text.splitlines() if line.endswith((r"\\", r"\\[2pt]")) and "multicolumn" not in line]
     assert len(rows) == 1 + 4 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(HEADER) - 1}
-    assert rf"\multicolumn{{{len(HEADER)}}}{{@{{}}l}}{{\textit{{Masks <b> \& 5 \$}}}} \\" in text
-    assert r"\begin{tabular}{@{}" + "l" * 6 + "r" * 5 + "@{}}" in text
+    assert (
+        rf"\multicolumn{{{len(HEADER)}}}{{@{{}}l}}{{\textit{{Masks \textless{{}}b\textgreater{{}} \& 5 \$}}}} \\"
+        in text
+    )
+    assert r"\begin{tabular}{@{}" + "l" * 5 + "r" * 5 + "@{}}" in text
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 2, 1]
     if shutil.which("pdflatex") is None:
         pytest.skip("there is no pdflatex")
     (tmp_path / "results.tex").write_text(text)
     (tmp_path / "paper.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\tiny\\input{results.tex}\\end{document}"
+        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\\input{results.tex}\\end{document}"
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     if "booktabs.sty' not found" in done.stdout:
         pytest.skip("this LaTeX has no booktabs")
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
 
 
 def test_latex_prints_any_name():
-    assert tables.latex("a_b & 50% $x$ #1 {y} ~z ^2 \\n") == (
-        r"a\_b \& 50\% \$x\$ \#1 \{y\} \textasciitilde{}z \textasciicircum{}2 \textbackslash{}n"
+    assert tables.latex("a_b & 50% $x$ #1 {y} ~z ^2 \\n <|>") == (
+        r"a\_b \& 50\% \$x\$ \#1 \{y\} \textasciitilde{}z \textasciicircum{}2 "
+        r"\textbackslash{}n \textless{}\textbar{}\textgreater{}"
     )
     assert tables.latex("line\nbreak") == "line break"
 
@@ -178,9 +183,9 @@ def test_another_reference_is_asked_for_on_the_command_line(finished, tmp_path, 
     monkeypatch.setattr(summary, "MOST_DRAWN", 0)
     shutil.copytree(finished, tmp_path / "copy")
     prepare(tmp_path / "copy", reference=["mask=quadrants"]).run()
-    rows = [row for row in markdown_rows((tmp_path / "copy/out/results.md").read_text())[2:] if row[4]]
-    assert [(row[8][:9], row[9]) for row in rows][2] == ("reference", "")
-    assert rows[0][9] == "better" and rows[1][8] == "-"  # quadrants have no mlp to compare with
+    rows = [row for row in markdown_rows((tmp_path / "copy/out/results.md").read_text())[2:] if row[3]]
+    assert [(row[7][:9], row[8]) for row in rows][2] == ("reference", "")
+    assert rows[0][8] == "better" and rows[1][7] == "-"  # quadrants have no mlp to compare with
     with pytest.raises(UsageError, match="fits no cell of this grid"):
         prepare(tmp_path / "copy", reference=["mask=multiblock"])
 

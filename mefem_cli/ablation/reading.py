@@ -21,7 +21,7 @@ from mefem_cli.evaluation.report import SHOWN
 BEST = "best"
 CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."
 CAPTION_SEEDS = (
-    "Values are means over the seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
+    "Values are means over {} seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
     "intervals of the mean, from the bootstrap over people (more seeds do not shrink it: all see the same people) and "
     "the t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
 )
@@ -32,6 +32,10 @@ CAPTION_DIFFERENCES = (
 CAPTION_BEST = (
     '"best" (bold): its paired difference to every other row of its group excludes 0; "highest" or "lowest": by its '
     "value alone, the others may be as good."
+)
+CAPTION_BEST_LATEX = (
+    "Bold: its paired difference to every other row of its group excludes 0; underlined: the best by its value alone, "
+    "the others may be as good."
 )
 CAPTION_PUBLISHED = "Published values are of another data set, other splits and often other training: no comparison."
 
@@ -92,6 +96,11 @@ class Table:
         """The metrics for which others have published values."""
         known = {name for entry in self.entries for name in entry.line.published(self.task)}
         return [name for name in self.metrics if name in known]
+
+    @property
+    def lacks_seeds(self) -> bool:
+        """Whether a line has not all of several seeds."""
+        return self.num_seeds > 1 and any(len(entry.line.seeds) < self.num_seeds for entry in self.entries)
 
     @property
     def is_compared(self) -> bool:

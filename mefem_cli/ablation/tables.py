@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 REFERENCE, NOTHING = "reference", "-"
 WIDTH = 120  # characters of a table that goes into a file
 MOST_ON_TERMINAL = 6  # tables: a task may have forty targets
+FITTED = (  # to a line, where it is wider
+    r"\noindent\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
+    r"{\footnotesize\setlength{\tabcolsep}{3pt}%"
+)
 LATEX = {
     "\\": r"\textbackslash{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 
 
@@ -51,12 +58,12 @@ def header(table: Table) -> list[str]:
     metrics = [f"{TITLES[name]} [95 %]" for name in table.metrics]
     compared = [f"{TITLES[table.metrics[0]]} - reference", "verdict"] if table.is_compared else []
     published = [f"{TITLES[name]} published*" for name in table.published]
-    return [*table.options, *["seeds"] * (table.num_seeds > 1), "head", "features", *metrics, *compared, *published]
+    return [*table.options, *["seeds"] * table.lacks_seeds, "head", "features", *metrics, *compared, *published]
 
 
 def num_text_columns(table: Table) -> int:
     """Return how many columns come before the numbers."""
-    return len(table.options) + (table.num_seeds > 1) + 2
+    return len(table.options) + table.lacks_seeds + 2
 
 
 def rows(group: Group, table: Table) -> Iterator[list[Content]]:
@@ -73,9 +80,8 @@ def _options(entry: Entry, table: Table, is_repeated: bool) -> Iterator[Content]
     for name in table.options:
         is_shown = name in line.cell.shown and not is_repeated
         yield Content(shown_value(line.cell.shown[name]) if is_shown else "")
-    if table.num_seeds > 1:
-        count = len(line.seeds)
-        yield Content(str(count) if count == table.num_seeds else f"{count} of {table.num_seeds}")
+    if table.lacks_seeds:
+        yield Content(f"{len(line.seeds)} of {table.num_seeds}")
     yield Content(line.head.replace(",", ", "))
     yield Content(line.features)
 
@@ -99,12 +105,12 @@ def _content(interval: Interval | None, mark: str = "", sign: str = "") -> Conte
     return Content(text, brackets, mark)
 
 
-def captions(tables: Sequence[Table]) -> list[str]:
-    """Return what a reader must know to read tables."""
-    has_seeds = any(table.num_seeds > 1 for table in tables)
-    found = [reading.CAPTION_SEEDS if has_seeds else reading.CAPTION_ONE_SEED]
+def captions(tables: Sequence[Table], best: str = reading.CAPTION_BEST) -> list[str]:
+    """Return what a reader must know to read tables; `best` explains their marks."""
+    num_seeds = max((table.num_seeds for table in tables), default=1)
+    found = [reading.CAPTION_SEEDS.format(num_seeds) if num_seeds > 1 else reading.CAPTION_ONE_SEED]
     if any(entry.marks for table in tables for entry in table.entries):
-        found.append(reading.CAPTION_BEST)
+        found.append(best)
     if any(table.is_compared for table in tables):
         found.append(reading.CAPTION_DIFFERENCES)
     if any(table.published for table in tables):
@@ -232,16 +238,24 @@ def to_latex(name: str, tables: Sequence[Table]) -> str:
     r"""Return results.tex: a tabular with booktabs' rules for each task, for `\input{results.tex}`."""
     parts = [
         f"% Ablation {_one_line(name)}: made by mefem ablate, rewritten when it runs again.",
-        r"% \usepackage{booktabs} in the preamble, \input{results.tex} where the tables belong.",
+        r"% \usepackage{booktabs,graphicx} in the preamble, \input{results.tex} where the tables belong, best in a",
+        r"% table* of two columns: what is wider than a line is shrunk to it.",
     ]
     for table in tables:
-        parts += ["", f"% {_one_line(table.task)}", *(f"% {one}" for one in captions([table])), *_tabular(table)]
+        parts += [
+            "",
+            *[r"\bigskip"] * (table is not tables[0]),
+            f"% {_one_line(table.task)}",
+            *(f"% {one}" for one in captions([table], reading.CAPTION_BEST_LATEX)),
+            *_tabular(table),
+        ]
     return "\n".join(parts) + "\n"
 
 
 def _tabular(table: Table) -> Iterator[str]:
     names = header(table)
     num_texts = num_text_columns(table)
+    yield FITTED
     yield rf"\begin{{tabular}}{{@{{}}{'l' * num_texts}{'r' * (len(names) - num_texts)}@{{}}}}"
     yield r"\toprule"
     yield " & ".join(map(latex, names)) + r" \\"
@@ -250,9 +264,9 @@ def _tabular(table: Table) -> Iterator[str]:
         if group.heading:
             yield rf"\multicolumn{{{len(names)}}}{{@{{}}l}}{{\textit{{{latex(group.heading)}}}}} \\"
         for row in rows(group, table):
-            yield " & ".join(_latex_content(one) for one in row) + r" \\"
+            yield " & ".join(_latex_content(one) for one in row) + r" \\[2pt]"
     yield r"\bottomrule"
-    yield r"\end{tabular}"
+    yield r"\end{tabular}}"
 
 
 def _latex_content(content: Content) -> str:
@@ -260,7 +274,7 @@ def _latex_content(content: Content) -> str:
     if content.interval:
         text = _minus(text)
         text = rf"\textbf{{{text}}}" if content.mark == BEST else rf"\underline{{{text}}}" if content.mark else text
-        return text + rf" {{\scriptsize {_minus(content.interval)}}}"
+        return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\{{\scriptsize {_minus(content.interval)}}}\end{{tabular}}"
     return text
 
 

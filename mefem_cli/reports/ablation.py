@@ -23,8 +23,9 @@ body { max-width: 78rem; } p, ul, figure { max-width: 62rem; }
 table.results td, table.results th { white-space: nowrap; padding: .25rem .5rem; font-size: .84rem; }
 table.results th.heading { color: var(--ink); padding-top: .9rem; border-bottom: 1px solid var(--soft); }
 table.results td.number { text-align: right; } table.results th.number { text-align: right; }
-table.results .interval { color: var(--soft); font-size: .76rem; } table.results .mark { font-size: .72rem; }
-table.results .mark { border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; color: var(--soft); }
+table.results .interval { color: var(--soft); font-size: .76rem; display: block; }
+table.results .mark { font-size: .72rem; color: var(--soft); padding: 0 .3em; }
+table.results .mark { border: 1px solid var(--line); border-radius: 4px; }
 td.better { color: var(--curve-3); } td.worse { color: var(--curve-2); } td.unclear { color: var(--soft); }
 figure svg { width: 100%; height: auto; min-width: 34rem; }
 </style>"""
@@ -124,6 +125,6 @@ def _content(content: Content, kind: str) -> str:
     if content.text in ("better", "worse", "unclear"):
         kind = f' class="{content.text}"'
     text = f"<strong>{escape(content.text)}</strong>" if content.mark == BEST else escape(content.text)
-    interval = f' <span class="interval">{escape(content.interval)}</span>' if content.interval else ""
-    mark = f' <span class="mark">{escape(content.mark)}</span>' if content.mark else ""
-    return f"<td{kind}>{text}{interval}{mark}</td>"
+    interval = f'<span class="interval">{escape(content.interval)}</span>' if content.interval else ""
+    mark = f'<span class="mark">{escape(content.mark)}</span> ' if content.mark else ""
+    return f"<td{kind}>{mark}{text}{interval}</td>"
