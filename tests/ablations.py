@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def write_scores(
     for (head, features), output in outputs.items():
         one = Predictions(np.array(ids, dtype=object), target, output, np.arange(len(ids)) % 2, group, classes)
         found = bootstrap.intervals(one, 200, 0)
-        scores.append(Score(task, head, features, "s", "m", one, one, found, published=published or {}))
+        guess = replace(one, output=np.full(output.shape, 1 / len(classes) if classes else target.mean()))
+        scores.append(Score(task, head, features, "s", "m", one, guess, found, published=published or {}))
     report.save(folder, Results(scores=scores), {})
 
 

@@ -115,6 +115,9 @@ def test_markdown_has_groups_with_the_features_of_an_encoder_under_each_other(fi
     assert [row[8] for row in rows if row[3]] == ["", "", "worse", "unclear"]
     assert [row[9] for row in rows if row[3]] == ["0.610", "-", "-", "-"]
     text = (finished / "out/results.md").read_text()
+    assert (
+        "\n- Guessing the average for everyone: r2 0.000, MAE " in text
+    )  # beside the scores, what no face is needed for
     assert reading.CAPTION_PUBLISHED in text and reading.CAPTION_SEEDS.format(3) in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from mefem_cli.ablation.results import Line
 from mefem_cli.ablation.runner import Outcome
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.metrics import LOWER_IS_BETTER
-from mefem_cli.evaluation.report import SHOWN
+from mefem_cli.evaluation.report import SHOWN, TITLES, cell, number
 
 BEST = "best"
 CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."
@@ -96,6 +97,14 @@ class Table:
         """The metrics for which others have published values."""
         known = {name for entry in self.entries for name in entry.line.published(self.task)}
         return [name for name in self.metrics if name in known]
+
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """What guessing without a face scores by each shown metric: the mean over lines and seeds, as folds differ."""
+        scores = [score for entry in self.entries for score in entry.line.seeds.values()]
+        found = {name: [score.get("baseline", {}).get(name) for score in scores] for name in self.metrics}
+        known = {name: [one for one in values if one is not None] for name, values in found.items()}
+        return {name: statistics.fmean(values) for name, values in known.items() if values}
 
     @property
     def lacks_seeds(self) -> bool:
@@ -187,11 +196,18 @@ def findings(table: Table) -> Iterator[str]:
         prefix, said = title(group, table), " ".join(_sentences(group, table, metric))
         if said:
             yield f"{prefix}: {said}" if prefix else said
+    if guessing := baseline(table):
+        yield guessing
+
+
+def baseline(table: Table, most: int | None = None) -> str:
+    """Return what guessing scores, by so many metrics, in a sentence; empty where it is not known."""
+    told = ", ".join(f"{TITLES[name]} {number(value)}" for name, value in list(table.baseline.items())[:most])
+    guess = "the average" if set(table.metrics) <= set(SHOWN["regression"]) else "the most frequent class"
+    return f"Guessing {guess} for everyone: {told}." if told else ""
 
 
 def _sentences(group: Group, table: Table, metric: str) -> Iterator[str]:
-    from mefem_cli.evaluation.report import TITLES, cell
-
     for entry in group.entries:
         if metric in entry.marks:
             value = cell(entry.line.metrics[metric])

@@ -129,6 +129,7 @@ def to_terminal(table: Table) -> rich.table.Table:
 
     shown = RichTable(title=Text(table.task), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown.show_edge = False
+    shown.caption, shown.caption_justify = Text(reading.baseline(table, most=1)), "left"
     shown.add_column("", overflow="fold")
     for name in table.metrics[:1]:
         shown.add_column(f"{TITLES[name]} [95 %]".replace("[", r"\["), justify="right", no_wrap=True)
