@@ -23,7 +23,7 @@ from mefem_cli.engine import monitors
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import saved
 from mefem_cli.probes import attentive
-from mefem_cli.reports import show_attention, show_crops, show_runs, show_store
+from mefem_cli.reports import health, show_attention, show_crops, show_runs, show_store
 from mefem_cli.showing import ShowOptions
 from mefem_cli.stores import crops as crops_folder
 from mefem_cli.stores.features import FeatureStore, FeatureWriter
@@ -106,6 +106,28 @@ def test_names_of_labels_and_classes_are_escaped(tmp_path, mefem_command):
     assert code == 2 and 'did you mean "age"' in stderr
 
 
+def test_crops_that_are_gone_or_damaged_are_left_out_and_named(tmp_path, mefem_command):
+    crops = labelled_crops(tmp_path / "crops")
+    opened = crops_folder.Crops.open(crops)
+    paths = [crops / re.search(r"\((.*)\)", opened.describe(row)).group(1) for row in range(len(opened))]
+    gone, cut, *rest = paths
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    code, stdout, stderr = mefem_command("show", "crops")
+    assert code == 0 and stderr.count("left out: ") == 2
+    assert gone.name in stderr and "No such file" in stderr and cut.name in stderr
+    page = Path(stdout.strip()).read_text()
+    assert page.count("data:image/jpeg") == 10 and "Crops (10 of 12)" in page
+    code, _, stderr = mefem_command("show", "masks", "--crops", "crops", "--mask", "quadrants", "-o", "m.png")
+    assert code == 0 and stderr.count("left out: ") == 2  # the third stands behind the masks
+    for path in rest:
+        path.unlink()
+    for words in (["crops"], ["masks", "--crops", "crops"]):
+        code, stdout, stderr = mefem_command("show", *words)
+        assert (code, stdout) == (3, "") and "no crop can be read; the first: " in stderr
+        assert "left out: 9 more" in stderr
+
+
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +174,17 @@ def test_runs_side_by_side_name_what_differs(tmp_path, mefem_command, monkeypatc
     assert "<td>lr</td><td>0.001</td><td>0.011" in page
     assert "<td>warmup_epochs</td>" not in page
     assert mefem_command("show", "run", "a", HOSTILE.replace("/", ""), "-o", "both.png")[0] == 0
+
+
+def test_a_run_is_judged_as_on_its_own_page(tmp_path, mefem_command, monkeypatch):
+    monkeypatch.setattr(show_runs, "COMPARED", {"rankme": 0})
+    measured_run(tmp_path / "a")
+    short = measured_run(tmp_path / "b", 0.39)  # loss over position: .99 at the end
+    _, stdout, _ = mefem_command("show", "run", "a", "b", "-o", "both.html")
+    page = Path(stdout.strip()).read_text()
+    assert "a: healthy; b: ended before it learned. A line for each run in all curves." in page
+    assert f"<td>{health.TOO_SHORT}</td>" in page and "Too early" not in page
+    assert f"<strong>{health.TOO_SHORT}</strong>" in health.write(short, show_runs.about(short), "").read_text()
 
 
 def test_the_health_page_is_written_anew_when_it_is_older_than_the_metrics(tmp_path, mefem_command, monkeypatch):

@@ -190,7 +190,9 @@ def _parse_row(content: Any, tasks: tuple[str, ...]) -> Row:
     if not isinstance(group, str):
         raise UsageError(f"`group` wants a heading, such as `group: The mask`; given {group!r:.60}")
     if not isinstance(published, Mapping):
-        raise UsageError(f"`published` wants metrics with values, such as `published: {{r2: 0.41}}`; {published!r:.60}")
+        raise UsageError(
+            f"`published` wants metrics with values, such as `published: {{r2: 0.41}}`; given {published!r:.60}"
+        )
     by_task = published if any(isinstance(one, Mapping) for one in published.values()) else {tasks[0]: published}
     if by_task is not published and published and len(tasks) > 1:
         raise UsageError(f"`published` of a grid with several tasks wants them by task: {{{tasks[0]}: {{r2: 0.41}}}}")

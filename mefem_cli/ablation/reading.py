@@ -172,7 +172,7 @@ def label(entry: Entry, group: Group, table: Table) -> str:
     varying = [name for name in table.options if len({shown_value(one.shown.get(name, "")) for one in cells}) > 1]
     words = [f"{name}={shown_value(value)}" for name, value in entry.line.cell.shown.items() if name in varying]
     if len({reads(one.line) for one in group.entries}) > 1:
-        words.append(f"({entry.line.head} on {entry.line.features})" if words else reads(entry.line))
+        words.append(f"({reads(entry.line)})" if words else reads(entry.line))
     return " ".join(words) or entry.line.cell.name
 
 

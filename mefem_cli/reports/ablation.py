@@ -27,7 +27,7 @@ table.results .interval { color: var(--soft); font-size: .76rem; display: block;
 table.results .mark { font-size: .72rem; color: var(--soft); padding: 0 .3em; }
 table.results .mark { border: 1px solid var(--line); border-radius: 4px; }
 td.better { color: var(--curve-3); } td.worse { color: var(--curve-2); } td.unclear { color: var(--soft); }
-figure svg { width: 100%; height: auto; min-width: 34rem; }
+figure svg { width: 100%; height: auto; min-width: 46rem; }
 </style>"""
 )
 SCORES = (
@@ -90,7 +90,9 @@ def _task(table: Table, figures: Mapping[str, Drawing]) -> Iterator[str]:
     yield html.points(reading.findings(table))
     if "scores" in figures:
         seeds = ", small dots the seeds" if table.num_seeds > 1 else ""
-        caption = SCORES.format(seeds=seeds, reference=REFERENCE if table.is_compared else "")
+        caption = SCORES.format(
+            seeds=seeds, reference=REFERENCE if any(one.is_reference for one in table.entries) else ""
+        )
         yield _figure(figures["scores"], caption)
     if "differences" in figures:
         lower = [TITLES[name] for name in table.metrics if name in LOWER_IS_BETTER]

@@ -106,7 +106,8 @@ def _draw_score(axis: Any, entry: Entry, metric: str, y: float) -> None:
     """Draw a mean with its interval, the seeds as small dots, and the reference's mean as a dashed line beside it."""
     interval = entry.line.metrics.get(metric)
     if interval is None or not math.isfinite(interval.value):
-        axis.annotate("failed" if interval is None else "undefined", (0.01, y), xycoords=axis.get_yaxis_transform())
+        words = "failed" if interval is None else "undefined"
+        axis.text(0.01, y, words, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
         return
     colour = REFERENCE_COLOUR if entry.is_reference else COLOUR
     if entry.reference is not None and metric in entry.reference.metrics:

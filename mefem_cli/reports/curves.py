@@ -21,6 +21,7 @@ VARIABLES = """:root { --curve-1: #2a6fdb; --curve-2: #d9622b; --curve-3: #1f9d6
 """  # CSS of a page with curves
 MAX_POINTS = 400
 SIZE = (5.0, 2.7)  # inches
+LEGEND, LEGEND_HANDLE = 72, 7  # letters across a panel, and of the line beside a label
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mefem",  # the same curves give the same bytes
@@ -89,11 +90,26 @@ def draw_panel(figure: Figure, panel: Panel) -> None:
         other = axis.twinx()
         other.grid(False)
         _draw_curves(other, panel.right)
+    for one in figure.axes:
+        one.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # no power of ten above the axis
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.set_xlabel(panel.xlabel)
     lines = [line for one in figure.axes for line in one.get_legend_handles_labels()[0]]
     if lines:
-        figure.legend(handles=lines, loc="outside upper left", ncols=3 if len(lines) == 3 else 2)
+        figure.legend(
+            handles=lines, loc="outside upper left", ncols=_num_columns([str(one.get_label()) for one in lines])
+        )
+
+
+def _num_columns(labels: Sequence[str]) -> int:
+    """Return in how many columns a legend has room."""
+    return next((count for count in (3, 2) if count <= len(labels) and sum(_widths(labels, count)) <= LEGEND), 1)
+
+
+def _widths(labels: Sequence[str], count: int) -> list[int]:
+    """Return the letters of each column of a legend, which fills them one after the other, with its lines."""
+    height = math.ceil(len(labels) / count)
+    return [max(map(len, labels[at : at + height])) + LEGEND_HANDLE for at in range(0, len(labels), height)]
 
 
 def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
@@ -124,7 +140,8 @@ def _use_log_scale(axis: Any) -> None:
 
     axis.set_yscale("log", nonpositive="mask")
     low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+    between = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if high / low < 10 else (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=between))
     axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 

@@ -122,8 +122,11 @@ def write(run: Run, about: About, state: str, has_diverged: bool = False) -> Pat
     if has_diverged and not verdict.is_bad:
         verdict = alarm.Verdict("diverged", state, alarm.MEANING["diverged"])
     corrupt = about.corrupt()
-    is_over = bool(epochs) and epochs[-1]["epoch"] >= about.total_epochs > 0
-    body = [STYLE, _verdict(verdict, config, is_over), html.points(_notes(epochs, about, corrupt))]
+    body = [
+        STYLE,
+        _verdict(verdict, config, headline(verdict, epochs, about)),
+        html.points(_notes(epochs, about, corrupt)),
+    ]
     drawn = [(panel, curves.draw(panel)) for panel in panels(steps, epochs) if not panel.is_empty]
     for panel, svg in drawn:
         product.write_text(run.figures / f"{panel.name}.svg", svg)
@@ -156,10 +159,15 @@ def _lead(epochs: Sequence[Row], about: About, state: str) -> str:
     return f"Epoch {done} of {about.total_epochs}; {state}. Written {time.strftime('%Y-%m-%d %H:%M')}."
 
 
-def _verdict(verdict: alarm.Verdict, config: Row, is_over: bool) -> str:
-    headline, lines = HEADLINES[verdict.kind], [verdict.meaning, verdict.measured]
-    if is_over and verdict.kind == "early":
-        headline = TOO_SHORT
+def headline(verdict: alarm.Verdict, epochs: Sequence[Row], about: About) -> str:
+    """Return the verdict in a few words: for a run that is over it is never too early."""
+    is_over = bool(epochs) and epochs[-1]["epoch"] >= about.total_epochs > 0
+    return TOO_SHORT if is_over and verdict.kind == "early" else HEADLINES[verdict.kind]
+
+
+def _verdict(verdict: alarm.Verdict, config: Row, headline: str) -> str:
+    lines = [verdict.meaning, verdict.measured]
+    if headline == TOO_SHORT:
         lines.append("What it says of faces is little more than what an untrained encoder says. Try more --epochs.")
     if verdict.is_bad:
         lines.append(alarm.advice(config, verdict.kind))

@@ -17,7 +17,7 @@ from mefem_cli.faces.source import printable
 from mefem_cli.predicting import refuse_other_encoder
 from mefem_cli.probes import attentive
 from mefem_cli.reports.probe_faces import with_heat
-from mefem_cli.reports.show_face import decoded
+from mefem_cli.reports.show_face import crop_of, decoded, each_readable
 from mefem_cli.reports.show_sheet import GAP, PICTURE_WIDTH, Row, Sheet, Tile
 from mefem_cli.stores import product, runs
 from mefem_cli.stores.crops import MANIFEST, Crops, text_to_path
@@ -55,8 +55,9 @@ def sheet(arguments: Sequence[str], options: ShowOptions) -> Sheet:
     if not encoder.class_token and not options.head:
         raise UsageError(f"{run}: its encoder has no CLS token; name an attentive head with --head FILE")
     head = _attentive_head(options.head, weights, encoder) if options.head else None
-    faces = list(_faces(places, description, options.samples or NUM_OF_FOLDER))
-    rows = [_row(name, content, path, encoder, head) for name, content, path in faces]
+    sides = (encoder.image_size, max(SHOWN_PX, encoder.image_size))
+    faces = list(_faces(places or _learned_from(description), options.samples or NUM_OF_FOLDER, sides))
+    rows = [_row(*face, encoder, head) for face in faces]
     digest = product.file_sha256(weights)
     inputs = {str(weights.absolute()): digest}
     if head:
@@ -77,30 +78,34 @@ def _run_and_crops(arguments: Sequence[str]) -> tuple[Path, list[Path]]:
         return places[0], places[1:]
     if places and not places[0].exists():
         raise NoInputError(f"{places[0]}: no such run or crop; type mefem show attention RUN CROP...")
+    if places and places[0].is_dir() and not (places[0] / MANIFEST).is_file():
+        raise NoInputError(f"{places[0]}: neither a run nor a crops folder; type mefem show attention RUN CROP...")
     if not (RUNS / "latest").exists():
         raise NoInputError(f"{RUNS / 'latest'}: no finished run; name one, as in mefem show attention RUN CROP...")
     return runs.latest_run(RUNS), places
 
 
-def _faces(
-    places: Sequence[Path], description: dict[str, Any], num_of_folder: int
-) -> Iterator[tuple[str, bytes, Path]]:
-    """Yield (name, encoded crop, path): files, some of crops folders; without any those that the run learned from."""
+def _learned_from(description: dict[str, Any]) -> list[Path]:
+    """Return the crops folders that a run learned from. Raises NoInputError where they are not there."""
+    places = [Path(folder) for folder in description.get("provenance", {}).get("inputs", {})]
+    places = [folder for folder in places if (folder / MANIFEST).is_file()]
     if not places:
-        places = [Path(folder) for folder in description.get("provenance", {}).get("inputs", {})]
-        places = [folder for folder in places if (folder / MANIFEST).is_file()]
-        if not places:
-            raise NoInputError("name crops: pictures or a crops folder, as in mefem show attention runs/latest crops")
+        raise NoInputError("name crops: pictures or a crops folder, as in mefem show attention runs/latest crops")
+    return places
+
+
+Face = tuple[str, np.ndarray, np.ndarray]  # name; uint8 [S, S, 3] of the first side, and of the second
+
+
+def _faces(places: Sequence[Path], num_of_folder: int, sides: tuple[int, int]) -> Iterator[Face]:
+    """Yield picture files, and some of crops folders, each in both sides."""
     count = 0
     for place in places:
         if place.is_dir():
-            crops = Crops.open(place)
-            chosen = np.linspace(0, len(crops) - 1, min(num_of_folder, len(crops))).astype(int)
-            sources = crops.columns["source"]
-            names = [Path(text_to_path(sources[row])).name or crops.describe(row) for row in chosen.tolist()]
-            found = [(name, crops.read_bytes(row), place) for name, row in zip(names, chosen.tolist(), strict=True)]
+            found = list(_of_folder(Crops.open(place), num_of_folder, sides))
         elif place.is_file():
-            found = [(place.name, place.read_bytes(), place)]
+            small, shown = (decoded(place.read_bytes(), side, place) for side in sides)
+            found = [(place.name, small, shown)]
         else:
             raise NoInputError(f"{place}: no such crop; name pictures or a crops folder")
         count += len(found)
@@ -109,11 +114,16 @@ def _faces(
         yield from found
 
 
-def _row(name: str, content: bytes, path: Path, encoder: vit.ViTEncoder, head: Head | None) -> Row:
-    image = decoded(content, encoder.image_size, path)
+def _of_folder(crops: Crops, num: int, sides: tuple[int, int]) -> Iterator[Face]:
+    chosen = np.linspace(0, len(crops) - 1, min(num, len(crops))).astype(int).tolist()
+    sources = crops.columns["source"]
+    for row, (small, shown) in each_readable(chosen, lambda row: [crop_of(crops, row, side) for side in sides]):
+        yield Path(text_to_path(sources[row])).name or crops.describe(row), small, shown
+
+
+def _row(name: str, image: np.ndarray, face: np.ndarray, encoder: vit.ViTEncoder, head: Head | None) -> Row:
+    """Return the tiles of a crop: `image` in the encoder's size, `face` as it is shown, uint8 [S, S, 3]."""
     looks = look(encoder, image, head)
-    shown_px = max(SHOWN_PX, encoder.image_size)
-    face = decoded(content, shown_px, path)
     num_tiles = 1 + (1 + encoder.num_heads) * encoder.class_token + (head is not None)
     side = float(np.clip(PICTURE_WIDTH / num_tiles - GAP, LEAST_INCHES, MOST_INCHES))
     size = (side, side)

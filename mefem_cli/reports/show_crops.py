@@ -15,7 +15,7 @@ from mefem_cli.faces.contact import REASONS_IN_WORDS
 from mefem_cli.faces.source import printable
 from mefem_cli.reports import html
 from mefem_cli.reports.curves import COLOURS, INK
-from mefem_cli.reports.show_face import decoded
+from mefem_cli.reports.show_face import crop_of, each_readable
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
 from mefem_cli.stores.crops import CONTACT, Crops, read_manifest, text_to_path
 
@@ -37,13 +37,8 @@ def sheet(folders: Sequence[Path], options: ShowOptions) -> Sheet:
     reasons = rejects(crops.folders)
     num_shown = min(options.samples or NUM_FACES, len(crops))
     chosen = np.sort(np.random.default_rng(options.seed).permutation(len(crops))[:num_shown])
-    rows = [
-        Row(
-            f"Crops ({num_shown} of {len(crops):,})",
-            _faces(crops, chosen, options.by),
-            _faces_caption(chosen, crops, options.by),
-        )
-    ]
+    faces = _faces(crops, chosen, options.by)
+    rows = [Row(f"Crops ({len(faces)} of {len(crops):,})", faces, _faces_caption(chosen, crops, options.by))]
     labels = [_panel_of(name, crops.labels[name]) for name in list(crops.labels)[:MOST_LABELS]]
     if labels:
         more = (
@@ -78,13 +73,12 @@ def _faces(crops: Crops, rows: np.ndarray, by: str | None) -> list[Tile]:
     names = told(list(crops.labels), by)
     sources = crops.columns["source"]
     tiles = []
-    for row in rows:
+    for row, pixels in each_readable(rows.tolist(), lambda row: crop_of(crops, row, FACE_PX)):
         values = {name: shown(crops.labels[name][row]) for name in crops.labels}
         caption = ", ".join(values[name] for name in names)
-        whole = printable(text_to_path(sources[row])) or crops.describe(int(row))
-        pixels = decoded(crops.read_bytes(int(row)), FACE_PX, Path(crops.describe(int(row))))
+        whole = printable(text_to_path(sources[row])) or crops.describe(row)
         hover = "\n".join([whole, *(f"{name}: {value}" for name, value in values.items())])
-        tiles.append(Tile(_short(caption or whole[-30:], 30), None, pixels, (FACE_INCHES, FACE_INCHES), hover))
+        tiles.append(Tile(clipped(caption or whole[-30:], 30), None, pixels, (FACE_INCHES, FACE_INCHES), hover))
     return tiles
 
 
@@ -100,10 +94,11 @@ def shown(value: Any) -> str:
     """Return a label's value in a few letters, `-` where there is none."""
     if isinstance(value, float | np.floating):
         return "-" if np.isnan(value) else f"{value:.4g}"
-    return _short(str(value)) if value != "" else "-"
+    return clipped(str(value)) if value != "" else "-"
 
 
-def _short(text: str, most: int = MOST_LETTERS) -> str:
+def clipped(text: str, most: int = MOST_LETTERS) -> str:
+    """Return a text of at most so many letters, the last one an ellipsis where it is cut."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -120,10 +115,10 @@ def _panel_of(name: str, values: np.ndarray) -> Tile:
     """Return a histogram of numbers, bars for a few classes, the number of values for many."""
     if values.dtype.kind == "f":
         known = values[np.isfinite(values)]
-        return Tile("", histogram(f"{_short(name)} ({len(known):,})", known), size=PANEL)
+        return Tile("", histogram(f"{clipped(name)} ({len(known):,})", known), size=PANEL)
     known = values[values != ""]
     counts = Counter(known.tolist())
-    title = f"{_short(name)} ({len(known):,})"
+    title = f"{clipped(name)} ({len(known):,})"
     if len(counts) > MOST_CLASSES:
         return Tile("", _words(title, f"{len(counts):,} values"), size=PANEL)
     return Tile("", _bars(title, counts.most_common()), size=PANEL)
@@ -150,7 +145,7 @@ def _bars(title: str, counts: Sequence[tuple[str, int]]) -> Callable[[Any], None
         axis = _axis(figure, title, left=1.05 / width, bottom=0.3 / height)
         places = range(len(counts))
         axis.barh(places, [count for _, count in counts], color=COLOURS[0], height=0.7)
-        axis.set_yticks(places, [plain(_short(name, 14)) for name, _ in counts])
+        axis.set_yticks(places, [plain(clipped(name, 14)) for name, _ in counts])
         axis.set_ylim(max(len(counts), 2) - 0.5, -0.5)
         axis.grid(False, axis="y")
         axis.locator_params(axis="x", nbins=4, integer=True)
@@ -177,7 +172,7 @@ def _axis(figure: Any, title: str, left: float | None = None, bottom: float | No
     width, height = _inches(figure)
     left = 0.42 / width if left is None else left
     bottom = 0.3 / height if bottom is None else bottom
-    axis = axes_at(figure, left, bottom, 0.97 - left, 1 - bottom - 0.26 / height)
+    axis = axes_at(figure, left, bottom, 0.95 - left, 1 - bottom - 0.26 / height)
     axis.set_title(plain(title), size=8.5, loc="left", pad=4)
     axis.tick_params(labelsize=7.5, length=2)
     axis.set_axisbelow(True)

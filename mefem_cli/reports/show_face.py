@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from mefem_cli import console
 from mefem_cli.errors import NoInputError
 
+if TYPE_CHECKING:
+    from mefem_cli.stores.crops import Crops
+
+Read = TypeVar("Read")
 RENDERED = (0, 17)  # seed and number of the rendered person
 CROP_UNITS = 2.6  # side of a crop in units of the drawn head; faces/render.py leaves room for it
 CROP_DOWN = 0.33  # units from the head's origin to the middle of its crop
+MOST_NAMED = 3  # crops that cannot be read
 MAX_PIXELS = 120_000_000  # of a picture, as mefem crop has it
 
 
@@ -34,22 +42,50 @@ def rendered_face(side: int) -> np.ndarray:
 
 
 def crop_pixels(path: Path, side: int) -> np.ndarray:
-    """Return a picture file, or the first crop of a crops folder, as uint8 [side, side, 3].
+    """Return a picture file, or the first crop of a crops folder that can be read, as uint8 [side, side, 3].
 
     Raises NoInputError for a path where there is none.
     """
-    return decoded(first_crop(path), side, path)
-
-
-def first_crop(path: Path) -> bytes:
-    """Return a picture file's bytes, or those of the first crop of a folder."""
     if path.is_dir():
         from mefem_cli.stores.crops import Crops
 
-        return Crops.open(path).read_bytes(0)
+        crops = Crops.open(path)
+        return next(each_readable(range(len(crops)), lambda row: crop_of(crops, row, side)))[1]
     if not path.is_file():
         raise NoInputError(f"{path}: no such crop; name a picture or a crops folder")
-    return path.read_bytes()
+    return decoded(path.read_bytes(), side, path)
+
+
+def crop_of(crops: Crops, row: int, side: int) -> np.ndarray:
+    """Return a crop of a folder, uint8 [side, side, 3]. Raises NoInputError where it is gone or damaged."""
+    try:
+        content = crops.read_bytes(row)
+    except OSError as error:
+        reason = error.strerror or error
+        raise NoInputError(f"{crops.describe(row)}: cannot be read ({reason}); run mefem crop again") from error
+    return decoded(content, side, Path(crops.describe(row)))
+
+
+def each_readable(rows: Iterable[int], read: Callable[[int], Read]) -> Iterator[tuple[int, Read]]:
+    """Yield each row with what `read` makes of it, and warn of those that it raises NoInputError for.
+
+    Raises the first of these where nothing can be read.
+    """
+    num_read, trouble = 0, []
+    for row in rows:
+        try:
+            found = read(row)
+        except NoInputError as error:
+            trouble.append(error)
+            if len(trouble) <= MOST_NAMED:
+                console.warn(f"left out: {error}")
+            continue
+        num_read += 1
+        yield row, found
+    if len(trouble) > MOST_NAMED:
+        console.warn(f"left out: {len(trouble) - MOST_NAMED} more crops that cannot be read")
+    if trouble and not num_read:
+        raise NoInputError(f"no crop can be read; the first: {trouble[0]}")
 
 
 def decoded(content: bytes, side: int, path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,14 +16,15 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.reports import curves, health, html
 from mefem_cli.reports.curves import Panel
 from mefem_cli.reports.panels import panels
-from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at
+from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
 from mefem_cli.stores import runs
 from mefem_cli.stores.product import file_sha256
 from mefem_cli.stores.runs import ENCODER_FILES, Run
 
 Metrics = dict[str, Any]
 RUNS = Path("runs")
-PANEL, LEGEND_LINE = (4.6, 2.5), 0.07  # inches; a line of the legend as a share of the height
+PANEL, LINE = (4.6, 2.5), 0.07  # inches; a line of title or legend as a share of the height
+TITLE_LETTERS = 58  # of a panel's title, in a line
 ONE_LINE_EACH = len(curves.COLOURS)  # runs; those beyond are dashed in the same colours
 MOST_RUNS = 2 * ONE_LINE_EACH
 # Of each panel of the health page the curve that tells runs apart; panels that follow from the options are left out.
@@ -119,19 +121,22 @@ def _sheet(found: Sequence[Run]) -> Sheet:
     compared = compare({name: list(run.metrics()) for name, run in zip(names, found, strict=True)})
     if not compared:
         raise NoInputError(f"{', '.join(str(run.path) for run in found)}: nothing is measured yet")
-    tiles = [Tile(panel.title, _drawer(panel), size=PANEL) for panel in compared]
+    tiles = [Tile("", _drawer(panel), size=PANEL) for panel in compared]
     figures = "".join(
         f"<figure><h3>{escape(panel.title)}</h3>{curves.draw(panel)}<figcaption>{escape(panel.reading)}</figcaption></figure>"
         for panel in compared
     )
     page = f'{health.STYLE}<div class="panels">{figures}</div>'
     rows = [Row("", tiles, page=page)]
-    body = [html.table(("run", "state", "epoch", "verdict", "measured"), map(_line, names, found))]
+    lines = list(map(_line, names, found))
+    body = [html.table(("run", "state", "epoch", "verdict", "measured"), lines)]
     changed = _differences(names, found)
     if changed:
         body += [html.heading("Options that differ"), html.table(("option", *names), changed)]
     inputs = {str(run.path.absolute()): _digest(run) for run in found}
-    return Sheet("Runs", f"{', '.join(names)}. One colour a run, in all curves.", rows, body, inputs)  # fmt: skip
+    lead = "; ".join(f"{name}: {verdict[0].lower()}{verdict[1:]}" for name, _, _, verdict, _ in lines)
+    dashes = f", dashed from run {ONE_LINE_EACH + 1} on" if len(found) > ONE_LINE_EACH else ""
+    return Sheet("Runs", f"{lead}. A line for each run in all curves{dashes}.", rows, body, inputs)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -186,19 +191,25 @@ def _label(run: str) -> str:
 
 
 def _drawer(panel: Panel) -> Callable[[Any], None]:
-    return lambda figure: curves.draw_panel(_Placed(figure, len(panel.curves)), panel)  # type: ignore[arg-type]
+    def draw(figure: Any) -> None:
+        title = textwrap.fill(panel.title, TITLE_LETTERS)
+        figure.text(0.02, 0.985, plain(title), size=9, weight="bold", va="top")
+        num_lines = len(title.splitlines()) + math.ceil(len(panel.curves) / 2)
+        curves.draw_panel(_Placed(figure, num_lines), panel)  # type: ignore[arg-type]
+
+    return draw
 
 
 class _Placed:
     """A figure for `curves.draw_panel` whose axis and legend have their places."""
 
-    def __init__(self, figure: Any, num_curves: int):
+    def __init__(self, figure: Any, num_lines: int):
         self._figure = figure
-        self._top = 0.97 - LEGEND_LINE * math.ceil(num_curves / 2)  # of the axis, below the legend
+        self._top = 0.97 - LINE * num_lines  # of the axis, below title and legend
 
     def add_subplot(self) -> Any:
         """Return the one axis."""
-        return axes_at(self._figure, 0.1, 0.17, 0.88, self._top - 0.17)
+        return axes_at(self._figure, 0.13, 0.17, 0.85, self._top - 0.17)
 
     @property
     def axes(self) -> list[Any]:
@@ -212,9 +223,11 @@ class _Placed:
 
 def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:
     epochs = [row for row in run.metrics() if row.get("kind") == "epoch"]
-    verdict = alarm.judge(epochs, about(run).warmup_steps)
+    facts = about(run)
+    verdict = alarm.judge(epochs, facts.warmup_steps)
     state = "finished" if run.is_finished else "not finished"
-    return name, state, str(epochs[-1]["epoch"]) if epochs else "-", health.HEADLINES[verdict.kind], verdict.measured
+    epoch = str(epochs[-1]["epoch"]) if epochs else "-"
+    return name, state, epoch, health.headline(verdict, epochs, facts), verdict.measured
 
 
 def _differences(names: Sequence[str], found: Sequence[Run]) -> list[tuple[str, ...]]:

@@ -41,7 +41,7 @@ STYLE = (
 .row svg, .row img { display: block; width: 100%; height: auto; } .row img { border-radius: 4px; }
 .row figcaption { font-size: .76rem; overflow-wrap: anywhere; line-height: 1.3; min-height: 1.3em; }
 .row + p.soft { margin-top: .5rem; font-size: .9rem; } details { margin-top: 2rem; } summary { color: var(--soft); }
-td { overflow-wrap: anywhere; } td:first-child { overflow-wrap: normal; white-space: nowrap; }
+td { overflow-wrap: anywhere; min-width: 4.5rem; } td:first-child { min-width: 7rem; }
 </style>"""
 )
 

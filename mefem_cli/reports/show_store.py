@@ -22,7 +22,7 @@ from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.reports import html
 from mefem_cli.reports.curves import COLOURS, INK
 from mefem_cli.reports.probe_faces import Faces, jpeg
-from mefem_cli.reports.show_crops import shown, told
+from mefem_cli.reports.show_crops import clipped, shown, told
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
 from mefem_cli.stores.features import FeatureStore
 
@@ -40,7 +40,9 @@ UNKNOWN = "#9aa0ab"
 LOW = 0.12  # of viridis: its darkest colours do not show on a dark page
 MAP, SPECTRUM = (6.4, 4.6), (4.6, 2.6)  # inches
 VIEW = (900, 640, 14)  # of the map on a page: width, height, margin
+AXIS_NAME = 24  # of the same units, for the name of an axis beside it
 STYLE = """<style>
+.map text { font-size: 13px; fill: var(--soft); }
 .map { position: relative; background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
 .map svg { display: block; width: 100%; height: auto; touch-action: manipulation; }
 .map circle { stroke: var(--card); stroke-width: .8; } .map circle.on { stroke: var(--ink); stroke-width: 2; }
@@ -225,7 +227,7 @@ def _map_row(
         f"together here may lie apart in the others. {sampled}"
     )
     title = f"Map of faces by {by}" if by else "Map of faces"
-    page = _page_map(store, points, drawn, colours) if is_page else ""
+    page = _page_map(store, points, drawn, colours, found.shares) if is_page else ""
     hint = " A face's crop shows under the pointer; crops that are gone or have changed show none." if is_page else ""
     return Row(title, [Tile("", _drawn_map(points, colours, found.shares), size=MAP)], caption + hint, page=page)
 
@@ -236,19 +238,23 @@ def _drawn_map(points: np.ndarray, colours: Colouring, shares: np.ndarray) -> Ca
         size = 14 if len(points) <= 2000 else 5
         axis.scatter(*points.T, c=list(colours.colours), s=size, linewidths=0, alpha=0.8, rasterized=True)
         axis.set_axisbelow(True)
-        first, second = (f"{name} direction ({100 * share:.0f} % of variance)"
-                         for name, share in zip(("first", "second"), shares, strict=False))  # fmt: skip
+        first, second = _direction_names(shares)
         axis.set(xlabel=first, ylabel=second)
         axis.tick_params(labelsize=7.5)
         if colours.limits:
             _bar(figure, colours)
         if colours.classes:
             for name, colour in colours.classes:
-                axis.plot([], [], "o", color=colour, label=plain(name[:22]))
+                axis.plot([], [], "o", color=colour, label=plain(clipped(name, 22)))
             below = 0.3 if colours.limits else 1.0
             axis.legend(loc="upper left", bbox_to_anchor=(1.01, below), handletextpad=0.1, borderpad=0)
 
     return draw
+
+
+def _direction_names(shares: np.ndarray) -> list[str]:
+    names = ("first", "second")
+    return [f"{name} direction ({100 * share:.0f} % of variance)" for name, share in zip(names, shares, strict=False)]
 
 
 def _bar(figure: Any, colours: Colouring) -> None:
@@ -262,10 +268,12 @@ def _bar(figure: Any, colours: Colouring) -> None:
     axis.yaxis.tick_right()
     axis.grid(False)
     axis.tick_params(labelsize=7.5, length=2)
-    axis.set_title(plain(colours.name[:20]), size=8.5, loc="left")
+    axis.set_title(plain(clipped(colours.name, 20)), size=8.5, loc="left")
 
 
-def _page_map(store: FeatureStore, points: np.ndarray, drawn: np.ndarray, colours: Colouring) -> str:
+def _page_map(
+    store: FeatureStore, points: np.ndarray, drawn: np.ndarray, colours: Colouring, shares: np.ndarray
+) -> str:
     """Return the map as inline SVG with a card that shows a face's crop and labels under the pointer."""
     width, height, margin = VIEW
     low, high = points.min(axis=0), points.max(axis=0)
@@ -276,7 +284,13 @@ def _page_map(store: FeatureStore, points: np.ndarray, drawn: np.ndarray, colour
         f'<circle data-i="{place}" cx="{x:.1f}" cy="{height - y:.1f}" r="{radius}" fill="{colour}"/>'
         for place, ((x, y), colour) in enumerate(zip(placed, colours.colours, strict=True))
     )
-    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="map of faces">{circles}</svg>'
+    first, second = _direction_names(shares)
+    names = (
+        f'<text x="{width / 2}" y="{height + 16}" text-anchor="middle">{first}</text>'
+        f'<text transform="translate(-8 {height / 2}) rotate(-90)" text-anchor="middle">{second}</text>'
+    )
+    box = f"{-AXIS_NAME} 0 {width + AXIS_NAME} {height + AXIS_NAME}"
+    svg = f'<svg viewBox="{box}" role="img" aria-label="map of faces">{circles}{names}</svg>'
     card = '<div class="card"><img alt=""><span></span></div>'
     data = json.dumps(_cards(store, drawn), ensure_ascii=True).replace("<", "\\u003c")
     return (
@@ -338,7 +352,7 @@ def _spectrum(shares: np.ndarray, marks: Sequence[int]) -> Callable[[Any], None]
     at = np.arange(1, len(positive) + 1)
 
     def draw(figure: Any) -> None:
-        axis = axes_at(figure, 0.13, 0.18, 0.85, 0.74)
+        axis = axes_at(figure, 0.16, 0.18, 0.82, 0.74)
         axis.plot(at, positive, color=COLOURS[0], linewidth=1.6, marker="o" if len(at) < 12 else "", markersize=4)
         axis.set(xscale="log", yscale="log", xlabel="direction", ylabel="share of variance")
         for number, words in zip(marks, ("50 %", "90 %", "99 %"), strict=True):

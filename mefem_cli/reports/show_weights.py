@@ -52,15 +52,14 @@ def sheet(grid: int, r0: float, sigma: float) -> Sheet:
     middle, corner = ours[grid // 2, grid // 2], ours[0, 0]
     caption = (
         f"Left as trained: {middle:.3f} in the middle, {corner:.2g} in the corners; all {grid * grid} patches together "
-        f"count as {ours.sum():.1f} of weight 1. Right with exp(-sigma (r - r0)), the sign of the paper's formula, "
+        f"count as {ours.sum():.1f} of weight 1. Beside it with exp(-sigma (r - r0)), the sign of the paper's formula, "
         f"which contradicts its text: {printed.sum():.1f}, most of it hair and background. The CLS token has weight 1."
     )
     wide = STEEP / steepness
     reading = (
-        f"Dots: the distances that occur on the grid. At r0 the weight is 1/2; it falls from .88 to .12 within r0 "
-        f"± 2 / sigma, from {radius - wide:.2f} to {radius + wide:.2f} patches (shaded). "
-        "A side of the image is "
-        f"{grid / 2:g} patches from the middle, a corner {grid / 2 * 2**0.5:.1f}."
+        "Right over the distance from the middle: dots are the distances that occur on the grid. At r0 the weight is "
+        f"1/2; it falls from .88 to .12 within r0 ± 2 / sigma, from {radius - wide:.2f} to {radius + wide:.2f} patches "
+        f"(shaded). A side of the image is {grid / 2:g} patches from the middle, a corner {grid / 2 * 2**0.5:.1f}."
     )
     tiles = [
         Tile("mefem: the face counts", _map(ours), size=(SIDE, SIDE)),
