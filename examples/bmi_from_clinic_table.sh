@@ -3,10 +3,12 @@
 #
 # Command:   examples/bmi_from_clinic_table.sh OUT                    on 1,000 drawn people
 #            examples/bmi_from_clinic_table.sh OUT PHOTOS CLINIC.csv  on yours: photo;patient;sex;age;height_cm;...
-# Time:      5 min 40 s of processor time on 2 cores of an AMD EPYC, without a GPU
+# Time:      5 min 40 s of processor time
+# Hardware:  2 cores of an AMD EPYC, no GPU
 # Expected:  BMI r2 .20 [.17, .23] of 1,000 people, .18 more than age and sex alone; with 300 people nothing (-.01)
 # No data for training an encoder of your own? MODEL=farl:PATH, MODEL=onnx:PATH or an earlier run take its place.
 set -euo pipefail
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 here=$(dirname "$0") out=$1
 photos=${2:-$out/photos} table=${3:-$out/clinic.csv}
 small="--backbone vit_tiny_patch16_224 --depth 4 --image-size 96 --mask quadrants --predictor-depth 2"  # as mefem demo

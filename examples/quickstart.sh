@@ -3,10 +3,12 @@
 #
 # Command:   examples/quickstart.sh OUT                     on 300 drawn people, two photos each
 #            examples/quickstart.sh OUT PHOTOS LABELS.csv   on your own; LABELS.csv: path, subject, bmi, age
-# Time:      3 min 50 s of processor time on 2 cores of an AMD EPYC, without a GPU
+# Time:      3 min 50 s of processor time
+# Hardware:  2 cores of an AMD EPYC, no GPU
 # Expected:  age r2 .27 [.17, .36], step 0 .21 [.12, .29]: not told apart by 600 photos; BMI is not read (r2 .00)
 # RECIPE="--epochs 50 ..." takes the place of the options of pretraining, by default a small network for few faces.
 set -euo pipefail
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 here=$(dirname "$0") out=$1
 photos=${2:-$out/photos} labels=${3:-$out/labels.csv}
 small="--backbone vit_tiny_patch16_224 --depth 4 --image-size 96 --mask quadrants --predictor-depth 2"  # as mefem demo

@@ -6,6 +6,7 @@
 # Hardware:  a Slurm cluster with GPUs; without sbatch the job script is printed and nothing runs
 # Expected:  a job number, or the script; then RUN/report.html, to be looked at while it trains
 set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 crops=$1 run=$2
 shift 2
 

@@ -5,9 +5,11 @@
 #            examples/video_biomarkers.sh OUT CLIPS MARKERS.csv FOLDS.csv on yours, such as MCD-rPPG:
 #            MARKERS.csv: path, patient_id, upper_ap, lower_ap, ...; FOLDS.csv: patient_id, fold
 # Needs:     pip install ".[video]"
-# Time:      some 4 min of processor time on 2 cores of an AMD EPYC, without a GPU
+# Time:      some 4 min of processor time
+# Hardware:  2 cores of an AMD EPYC, no GPU
 # Expected:  systolic r2 .05 [-.05, .13], MAE 8.8 beside a constant's 8.9: made-up markers cannot be read from 150 faces
 set -euo pipefail
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 here=$(dirname "$0") out=$1
 clips=${2:-$out/clips} markers=${3:-$out/markers.csv} folds=${4:-$out/folds.csv}
 small="--backbone vit_tiny_patch16_224 --depth 4 --image-size 96 --mask quadrants --predictor-depth 2"  # as mefem demo

@@ -240,12 +240,30 @@ class Given:
         return sorted(set(self.values) - self.used)
 
 
+def parse_yaml(text: str) -> Any:
+    """Return what YAML says. Raises yaml.YAMLError, also for a key that stands twice in one table."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Takes no key twice; YAML itself would silently keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), ""):
+                raise yaml.MarkedYAMLError(
+                    problem=f'the key "{twice}" stands there twice', problem_mark=node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # noqa: S506 - it is a SafeLoader
+
+
 def read_config(path: str, command: str, known: Iterable[str], other_commands: Iterable[str]) -> dict[str, Any]:
     """Return the options in a YAML file: flat, or under the command's name. Raises UsageError for unknown ones."""
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, Mapping):

@@ -201,6 +201,13 @@ def test_a_wrong_grid_file_names_what_is_wrong(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("vary: {width: [2]}\nvary: {mask: [quadrants]}\n")
+    with pytest.raises(UsageError, match='the key "vary" stands there twice'):
+        read_grid(str(path))
+
+
 @pytest.mark.parametrize(
     ("named", "flags", "message"),
     [

@@ -162,7 +162,7 @@ def test_seeds_are_counted_from_the_given_one_and_averaged(crops, stand_in, tmp_
         (f"width={width}", str(seed), str(seed / 10)) for width in (2, 3) for seed in (4, 5, 6)
     ]
     text = (tmp_path / "out/results.md").read_text()
-    assert "| 2     | 3     | linear | cls      | 0.500 [" in text  # the mean of .4, .5 and .6
+    assert "| 2     | linear | cls      | 0.500 [" in text  # the mean of .4, .5 and .6
     assert "seeds: 4, 5, 6" in text
 
 
@@ -372,6 +372,8 @@ def test_a_file_whose_reference_fits_no_row_fails_before(crops, tmp_path, capsys
         ({"set": ["folds=31"]}, UsageError, "fewer than the 31 folds"),
         ({"set": ["folds=1"]}, UsageError, "--folds 1"),
         ({"set": ["weight_decay=x"]}, UsageError, "--weight-decay x"),
+        ({"machine": {"workers": "0"}}, UsageError, "--workers 0: wanted 1 or more"),
+        ({"set": ["workers=0"]}, UsageError, "--workers 0: wanted 1 or more"),
         ({"set": ["cls_prob=none"], "features": "cls"}, UsageError, "cls_prob=none have no CLS token"),
     ],
 )

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mefem_cli import parts
 from mefem_cli.ablation import steps
 from mefem_cli.ablation.steps import Assignment
 from mefem_cli.errors import UsageError, did_you_mean
@@ -134,7 +135,7 @@ def _parse_file(path: Path, name: str) -> Grid:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parts.parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
         raise UsageError(f"{path}: cannot be read as YAML ({reason})") from error

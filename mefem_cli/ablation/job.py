@@ -124,6 +124,8 @@ class Job:
 
         Raises UsageError for options, NoInputError where crops or a task's label are missing.
         """
+        where = where or OnOptions()
+        where.require_ray()
         grid = read_grid(named, options, machine)
         cells = grids.expand(grid)
         is_changed = any((options.vary, options.set, options.model, options.head, options.features, options.epochs))
@@ -131,13 +133,13 @@ class Job:
         grid = replace(grid, references=known)
         for cell in cells:
             Given(cell.pretrain).build("engine.plan", "TrainOptions")  # raises for values out of range
+            Given(cell.embed).build("engine.device", "DeviceOptions")
         for name in grids.without_effect(grid, cells):
             console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
         crops = _open_crops(options.crops, product.limit)
         may_drop = bool(named) and named[0] in grids.presets() and not options.task
         grid = replace(grid, tasks=_usable_tasks(crops, grid, cells, product.seed, may_drop))
         out = folder_of(grid, product.out)
-        where = where or OnOptions()
         strands = _strands(cells, crops, grid, product.seed, out)
         gpus = visible_gpus(grid.forced.get("device", "auto")) if where.is_local else []
         jobs = options.jobs or ((len(gpus) or 1) if where.is_local else None)

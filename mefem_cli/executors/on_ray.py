@@ -17,6 +17,7 @@ from mefem_cli import __version__, console
 from mefem_cli.errors import MefemError, NoInputError, OutputError, UsageError
 from mefem_cli.executors import Done, Lost, Work
 from mefem_cli.executors.local import Launcher, environment, stop_signals
+from mefem_cli.executors.options import OnOptions
 from mefem_cli.executors.processes import STOP_SECONDS, Processes
 
 MOST_ATTEMPTS = 10  # of a piece of work whose machines are lost, or run out of memory
@@ -31,10 +32,9 @@ class OnRay:
     def __init__(self, where: str, jobs: int | None, wants_gpu: bool, shared: Path):
         """`shared` is a file that all machines must see. Raises NoInputError where Ray or the cluster is missing."""
         self._jobs, self._shared = jobs, shared.absolute()
-        try:
-            import ray
-        except ImportError as error:
-            raise NoInputError(f'--on {where} wants the package ray; type pip install "mefem-cli[ray]"') from error
+        OnOptions(where).require_ray()
+        import ray
+
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from mefem_cli.errors import UsageError
+from mefem_cli.errors import NoInputError, UsageError
 
 LOCAL, RAY = "local", "ray"
 
@@ -24,6 +25,11 @@ class OnOptions:
     def is_local(self) -> bool:
         """Whether all runs on this machine, without Ray."""
         return self.on == LOCAL
+
+    def require_ray(self) -> None:
+        """Raise NoInputError where Ray is asked for and not installed."""
+        if not self.is_local and find_spec(RAY) is None:
+            raise NoInputError(f'--on {self.on} wants the package ray; type pip install "mefem-cli[ray]"')
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _row(option: Field) -> str:
 def _exit_codes() -> Iterator[str]:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MefemError)]
     meanings = {kind.exit_code: (inspect.getdoc(kind) or "") for kind in kinds if kind is not errors.MefemError}
-    meanings[0] = "All went well."
+    meanings[0] = "Done. Rejects of `mefem crop` and failed cells of `mefem ablate` are told, and change no code."
     meanings[main.BUG] = "A bug, or an installation that is not whole; of a bug the traceback is in the file named."
     meanings[main.INTERRUPTED] = (
         "Stopped by Ctrl-C; typed again, the command completes its work (`mefem pretrain` with `--resume`)."

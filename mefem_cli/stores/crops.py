@@ -25,6 +25,7 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.stores import product, shards
 
 MANIFEST, REJECTS, CONTACT, PROVENANCE = "manifest.parquet", "rejects.csv", "contact.html", "provenance.json"
+JOURNAL = ".parts"  # there while a run is not finished: see faces/journal.py
 IMAGES, SHARDS = "images", "shards"
 FORMAT, VERSION = "mefem-crops", 1
 HEADER_KEY = b"mefem"  # the parquet metadata entry that holds format and version
@@ -153,7 +154,7 @@ def _read_index(folder: Path) -> tuple[pa.Table, np.ndarray]:
 def _why_no_crops(folder: Path) -> str:
     if not folder.exists():
         return f"no such crops folder: {folder}; make it with mefem crop PHOTOS -o {folder}"
-    if (folder / PROVENANCE).is_file():
+    if (folder / JOURNAL).is_dir():
         return f"{folder} is not finished: mefem crop was stopped there; run it again with the same options"
     return f"{folder} is no crops folder (no {MANIFEST}); make one with mefem crop {folder} -o crops"
 
