@@ -175,7 +175,7 @@ def attach(path: Path, table: Path, key: str | None, out: Path | None, overwrite
         _refuse_existing(out, overwrite)
     labels = joining.read_labels(table, key)
     with FeatureStore.open(path) as store:
-        rows = store.label_rows(labels)
+        rows = joining.rows_of_faces(labels, store)
         num_labelled = int((rows >= 0).sum())
         _tell(labels, rows)
         replaced = [name for name in labels.columns.column_names if name in store.labels]

@@ -27,6 +27,7 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.executors import Lost
 from mefem_cli.executors.locks import claimed
 from mefem_cli.stores import product
+from mefem_cli.stores.crops import Crops
 
 
 @pytest.fixture
@@ -97,6 +98,25 @@ def test_options_of_running_are_in_no_key():
     assert not {"on", "parts", "shard", "model"} & {name for step in steps.STEPS for name in steps.options(step)}
     with pytest.raises(UsageError, match="encoders are named with --model"):
         steps.resolve_name("model")
+
+
+def test_folds_may_be_a_table_of_photos_or_people(crops, tmp_path, encoders):  # noqa: F811
+    manifest = Crops.open(crops)
+    folds = [row // 2 % 3 for row in range(len(manifest))]  # two photos of each person
+    tables = {
+        "path": [Path(str(one)).name for one in manifest.columns["source"]],
+        "subject": list(manifest.labels["subject"]),
+        "id": list(manifest.ids),
+    }
+    for key, values in tables.items():
+        of_key = dict(zip(values, folds, strict=True))
+        table = tmp_path / f"{key}.csv"
+        table.write_text(f"{key},fold\n" + "".join(f"{name},{fold}\n" for name, fold in of_key.items()))
+        flags = {"named": ["table2"], "model": list(encoders), "task": ["bmi"]}
+        prepare(crops, tmp_path / "out", **flags, set=[f"folds={table}"])
+        table.write_text(f"{key},fold\nnobody,1\nno one,2\n")
+        with pytest.raises(NoInputError, match=f"its column {key} names none of the faces of"):
+            prepare(crops, tmp_path / "out", **flags, set=[f"folds={table}"])
 
 
 # Running --------------------------------------------------------------------------------------------------------

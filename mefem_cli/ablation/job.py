@@ -301,9 +301,6 @@ def _scores(strands: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
 class _LabelledFaces:
     """Crops as the probing protocol sees a store before it reads features: labels, and who is who."""
 
-    label_rows = FeatureStore.label_rows  # a table of folds is joined in the same way
-    _shares_its_picture = FeatureStore._shares_its_picture
-
     def __init__(self, crops: Crops):
         self.ids = np.array(crops.ids, dtype=object)
         self.labels, self.meta = crops.labels, crops.columns

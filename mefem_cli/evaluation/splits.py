@@ -110,7 +110,7 @@ def read_folds(store: FeatureStore, path: Path) -> Split:
         raise UsageError(f"--folds {path}: it has no column {wanted}; it has {', '.join(names)[:200]}")
     table = joining.read_labels(path, key)
     texts = np.array([str(cell or "") for cell in _texts(table.columns, column)] + [""], dtype=object)
-    rows = store.label_rows(table)
+    rows = joining.rows_of_faces(table, store)
     if (rows < 0).all():
         raise NoInputError(f"--folds {path}: its column {key} names none of the faces of {store.path}")
     return parse(texts[rows], f"--folds {path}")  # -1, the last, is empty

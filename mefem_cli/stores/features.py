@@ -26,8 +26,6 @@ from urllib.parse import unquote
 
 import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.stores import joining, product
@@ -349,42 +347,15 @@ class FeatureStore:
             raise IndexError(f"{self.path} has {len(self)} rows, not one of number {numbers.max()}")
         return np.where(numbers < 0, numbers + len(self), numbers)
 
-    def label_rows(self, labels: joining.Labels) -> np.ndarray:
-        """Return for each row of the store its row in a table of labels, -1 for none: (N,) int64.
-
-        The table's key is the end or the stem of a picture's path (`/meta/source`), as `mefem crop --labels` takes
-        it; if it is called `id`, a crop's id; if the store has a label of its name, that label's value. A picture
-        with several faces gets no labels by its path, as whose they are, nobody knows.
-        """
-        if labels.key == "id":
-            found = pc.index_in(joining.large(list(self.ids)), value_set=labels.keys)
-            return pc.fill_null(found, -1).to_numpy().astype(np.int64)
-        if labels.key in self.labels:
-            values = self.labels[labels.key]
-            column = pa.array(values, pa.float64() if values.dtype.kind == "f" else pa.string())
-            return joining.match_values(labels.keys, pa.chunked_array([column])).row_of_source
-        if "source" not in self.meta:
-            raise UsageError(f"{self.path} has no /meta/source to join {labels.path} by; type --key id")
-        sources, source_of_row = np.unique(self.meta["source"].astype(str), return_inverse=True)
-        row_of_source = joining.match(labels.keys, list(sources)).row_of_source
-        return np.where(self._shares_its_picture(source_of_row), -1, row_of_source[source_of_row])
-
-    def _shares_its_picture(self, source_of_row: np.ndarray) -> np.ndarray:
-        """Return which rows are one of several faces in a frame, of which nobody said where they are: (N,) bool."""
-        frame = np.nan_to_num(np.asarray(self.meta.get("frame", np.zeros(len(self))), float)).astype(np.int64)
-        shots = np.stack([source_of_row, frame])
-        _, shot_of_row, num_faces = np.unique(shots, axis=1, return_inverse=True, return_counts=True)
-        detector = self.meta.get("detector", np.full(len(self), "", object))
-        return (num_faces[shot_of_row.ravel()] > 1) & (detector != "given")
-
     def join_labels(self, table: Path | str, key: str | None = None) -> FeatureStore:
         """Return this store with the columns of a CSV or Parquet table as labels too, NaN or "" where they are missing.
 
         They win over labels of the same name. `key` names the table's column that tells rows, "path" by default; see
-        `label_rows`. Nothing is written; `mefem store labels` does that. Raises UsageError for an unfit table.
+        `joining.rows_of_faces`. Nothing is written; `mefem store labels` does that. Raises UsageError for an unfit
+        table.
         """
         labels = joining.read_labels(Path(table), key)
-        columns = joining.label_columns(labels, self.label_rows(labels))
+        columns = joining.label_columns(labels, joining.rows_of_faces(labels, self))
         joined = FeatureStore(self.path, self._file, self._rows)
         added = {name.removeprefix(LABEL): to_numpy(column) for name, column in columns.items()}
         joined.labels = Columns(joined, "labels", {**self.labels.added, **added})

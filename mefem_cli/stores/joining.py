@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -194,3 +195,50 @@ def label_columns(labels: Labels, label_of_row: np.ndarray) -> dict[str, pa.Chun
 def _printable(text: str) -> str:
     """Return a text for a message: one line, no control characters."""
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+# Faces ----------------------------------------------------------------------------------------------------------
+
+
+class Faces(Protocol):
+    """Faces with what is known of each, (N,): a feature store, or crops."""
+
+    @property
+    def path(self) -> Path: ...  # for messages
+    @property
+    def ids(self) -> Any: ...
+    @property
+    def labels(self) -> Any: ...  # name -> values
+    @property
+    def meta(self) -> Any: ...  # column of the manifest -> values
+    def __len__(self) -> int: ...
+
+
+def rows_of_faces(labels: Labels, faces: Faces) -> np.ndarray:
+    """Return for each face its row in a table of labels, -1 for none: (N,) int64.
+
+    The table's key is the end or the stem of a picture's path (`/meta/source`), as `mefem crop --labels` takes it; if
+    it is called `id`, a crop's id; if the faces have a label of its name, that label's value. A picture with several
+    faces gets no labels by its path, as whose they are, nobody knows. Raises UsageError where there are no paths.
+    """
+    if labels.key == "id":
+        found = pc.index_in(large(list(faces.ids)), value_set=labels.keys)
+        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    if labels.key in faces.labels:
+        values = faces.labels[labels.key]
+        column = pa.array(values, pa.float64() if values.dtype.kind == "f" else pa.string())
+        return match_values(labels.keys, pa.chunked_array([column])).row_of_source
+    if "source" not in faces.meta:
+        raise UsageError(f"{faces.path} has no /meta/source to join {labels.path} by; type --key id")
+    sources, source_of_face = np.unique(faces.meta["source"].astype(str), return_inverse=True)
+    row_of_source = match(labels.keys, list(sources)).row_of_source
+    return np.where(_shares_its_picture(faces, source_of_face), -1, row_of_source[source_of_face])
+
+
+def _shares_its_picture(faces: Faces, source_of_face: np.ndarray) -> np.ndarray:
+    """Return which are one of several faces in a frame, of which nobody said where they are: (N,) bool."""
+    frame = np.nan_to_num(np.asarray(faces.meta.get("frame", np.zeros(len(faces))), float)).astype(np.int64)
+    shots = np.stack([source_of_face, frame])
+    _, shot_of_face, num_faces = np.unique(shots, axis=1, return_inverse=True, return_counts=True)
+    detector = faces.meta.get("detector", np.full(len(faces), "", object))
+    return (num_faces[shot_of_face.ravel()] > 1) & (detector != "given")
