@@ -8,7 +8,8 @@ import scipy.stats
 
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation import results, steps
-from mefem_cli.ablation.grid import Grid, expand, parse_set, parse_vary, read_grid, with_flags
+from mefem_cli.ablation.grid import Grid, expand, parse_set, parse_vary, with_flags
+from mefem_cli.ablation.grid_file import read_grid
 from mefem_cli.ablation.job import AblateOptions
 from mefem_cli.ablation.job import read_grid as grid_from_flags
 from mefem_cli.ablation.runner import Outcome

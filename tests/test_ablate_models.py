@@ -20,7 +20,8 @@ from test_ablate_run import (  # noqa: F401
 
 import mefem_cli.ablation.status as statuses
 from mefem_cli.ablation import models, plan
-from mefem_cli.ablation.grid import expand, read_grid, with_flags
+from mefem_cli.ablation.grid import expand, with_flags
+from mefem_cli.ablation.grid_file import read_grid
 from mefem_cli.ablation.runner import FAILURES, NOW
 from mefem_cli.console import ConsoleOptions, configure
 from mefem_cli.errors import NoInputError, UsageError

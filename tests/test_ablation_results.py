@@ -14,7 +14,8 @@ from probing import people, write_store
 from mefem_cli.ablation import cost, differences, reading, results, timing
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.differences import Differences, Reference, find_references, known_references, reference_of
-from mefem_cli.ablation.grid import Cell, Grid, Row, expand, read_grid
+from mefem_cli.ablation.grid import Cell, Grid, Row, expand
+from mefem_cli.ablation.grid_file import read_grid
 from mefem_cli.ablation.results import Line
 from mefem_cli.ablation.runner import Outcome, Strand
 from mefem_cli.errors import UsageError

@@ -10,7 +10,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mefem_cli.evaluation import bootstrap, calibration, conformal, covariates, metrics, report
+from mefem_cli.evaluation import bootstrap, calibration, conformal, covariates, metrics, numbers
 from mefem_cli.evaluation.evaluate import (
     compare,
     evaluate,
@@ -368,4 +368,4 @@ def test_rows_say_it_all(tmp_path):
     ],
 )
 def test_an_interval_has_the_digits_that_tell_its_ends_apart(interval, shown):
-    assert report.cell(bootstrap.Interval(*interval), "+") == shown
+    assert numbers.cell(bootstrap.Interval(*interval), "+") == shown

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from mefem_cli import console, parts
-from mefem_cli.ablation import differences, models, results, steps, summary, tables
+from mefem_cli.ablation import differences, grid_file, models, results, steps, summary, tables
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
@@ -69,13 +69,13 @@ def read_grid(named: list[str], options: AblateOptions, machine: dict[str, Any])
     if len(named) > 1:
         raise UsageError(f"one preset or grid file at a time; given {', '.join(named)}")
     if not named and not options.vary and not options.model:
-        known = ", ".join(grids.presets())
+        known = ", ".join(grid_file.presets())
         raise UsageError(f"name a preset ({known}), a grid file, or --vary, such as --vary mask=stripes,quadrants")
     vary = _once("--vary", [grids.parse_vary(one) for one in options.vary])
     forced = _once("--set", [grids.parse_set(one) for one in options.set])
     flags = {**machine, "head": options.head, "features": options.features}
     forced |= {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
-    grid = grids.read_grid(named[0]) if named else Grid("-".join(vary) or "models")
+    grid = grid_file.read_grid(named[0]) if named else Grid("-".join(vary) or "models")
     if options.reference:
         grid = replace(grid, references=[grids.parse_reference(one) for one in options.reference])
     return grids.with_flags(grid, vary, forced, options.task, options.seeds, options.epochs, options.model)
@@ -137,7 +137,7 @@ class Job:
         for name in grids.without_effect(grid, cells):
             console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
         crops = _open_crops(options.crops, product.limit)
-        may_drop = bool(named) and named[0] in grids.presets() and not options.task
+        may_drop = bool(named) and named[0] in grid_file.presets() and not options.task
         grid = replace(grid, tasks=_usable_tasks(crops, grid, cells, product.seed, may_drop))
         out = folder_of(grid, product.out)
         strands = _strands(cells, crops, grid, product.seed, out)

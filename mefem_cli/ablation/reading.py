@@ -17,7 +17,7 @@ from mefem_cli.ablation.results import Line
 from mefem_cli.ablation.runner import Outcome
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.metrics import LOWER_IS_BETTER
-from mefem_cli.evaluation.report import SHOWN, TITLES, cell, number
+from mefem_cli.evaluation.numbers import SHOWN, TITLES, cell, number
 
 BEST = "best"
 CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the trained models fixed."

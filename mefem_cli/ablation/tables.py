@@ -13,7 +13,7 @@ from mefem_cli.ablation.grid import shown_value
 from mefem_cli.ablation.reading import BEST, Entry, Group, Table
 from mefem_cli.ablation.results import FAILED
 from mefem_cli.evaluation.bootstrap import Interval
-from mefem_cli.evaluation.report import TITLES, cell, number
+from mefem_cli.evaluation.numbers import TITLES, cell, number
 
 if TYPE_CHECKING:
     import rich.table

@@ -22,9 +22,9 @@ from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import conformal
 from mefem_cli.evaluation.folds import assign_folds, strata
 from mefem_cli.evaluation.job import Job, Results
+from mefem_cli.evaluation.numbers import SHOWN
 from mefem_cli.evaluation.pair import StorePair
 from mefem_cli.evaluation.problem import INNER_FOLDS, Problem
-from mefem_cli.evaluation.report import SHOWN
 from mefem_cli.evaluation.score import Score
 from mefem_cli.evaluation.streaming import StreamedTokens, open_features
 from mefem_cli.probes import State

@@ -11,7 +11,7 @@ from mefem_cli.ablation.reading import BEST, Table
 from mefem_cli.ablation.tables import Content
 from mefem_cli.console import plural
 from mefem_cli.evaluation.metrics import LOWER_IS_BETTER
-from mefem_cli.evaluation.report import TITLES
+from mefem_cli.evaluation.numbers import TITLES
 from mefem_cli.reports import curves, html
 from mefem_cli.reports.ablation_figures import Drawing
 

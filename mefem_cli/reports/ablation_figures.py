@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from mefem_cli.ablation.reading import Entry, Table, label, title
 from mefem_cli.evaluation.bootstrap import Interval
-from mefem_cli.evaluation.report import TITLES
+from mefem_cli.evaluation.numbers import TITLES
 from mefem_cli.reports.curves import COLOURS, INK, STYLE, svg_element
 from mefem_cli.stores import product
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mefem_cli.console import plural
-from mefem_cli.evaluation.report import SHOWN, TITLES, cell
+from mefem_cli.evaluation.numbers import SHOWN, TITLES, cell
 from mefem_cli.evaluation.saved import UNITS
 from mefem_cli.reports import curves, html, probe_figures
 from mefem_cli.reports.probe_faces import Faces, jpeg, with_heat

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mefem_cli.evaluation.report import SHOWN, TITLES, cell, heading, model_title, number
+from mefem_cli.evaluation.numbers import SHOWN, TITLES, cell, number
+from mefem_cli.evaluation.report import heading, model_title
 from mefem_cli.evaluation.saved import UNITS
 from mefem_cli.reports import html, probe_figures
 from mefem_cli.reports.probe_figures import Panel
