@@ -25,7 +25,7 @@ th { color: var(--soft); font-weight: 600; } figure { margin: 1.2rem 0; } img { 
 .tiles { display: flex; flex-wrap: wrap; gap: .5rem; } .tiles figure { margin: 0; width: 112px; }
 .tiles img { width: 112px; height: 112px; object-fit: cover; border-radius: 6px; display: block; }
 .tiles figcaption { font-size: .72rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } ul.points li { margin: .4rem 0; }
+.scroll { overflow-x: auto; } ul.points li { margin: .4rem 0; } p, li { overflow-wrap: anywhere; }
 .callout { border-left: 4px solid #2a6fdb; background: var(--card); padding: .8rem 1rem; border-radius: 0 6px 6px 0; }
 .callout p { margin: .3rem 0 0; } .callout strong { font-size: 1.15rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; 
