@@ -158,11 +158,12 @@ def run_on_ray(args: argparse.Namespace, out: Path) -> None:
         "--include-dashboard=false",
         *small,
     ]
-    subprocess.run(head, **quiet)  # type: ignore[call-overload]
-    before = raylets()
-    subprocess.run([ray, "start", f"--address=127.0.0.1:{PORT}", *small], **quiet)  # type: ignore[call-overload]
-    second = raylets() - before
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of head and node alike: their defaults may differ
     try:
+        subprocess.run(head, **quiet)  # type: ignore[call-overload]
+        before = raylets()
+        subprocess.run([ray, "start", f"--address=127.0.0.1:{PORT}", *small], **quiet)  # type: ignore[call-overload]
+        second = raylets() - before
         driver = subprocess.Popen(command(args, out, "--on", f"ray:127.0.0.1:{PORT}"), stdout=subprocess.DEVNULL)
         while len(list(out.glob("cells/*/run/last.ckpt"))) < 3 and driver.poll() is None:
             time.sleep(0.05)
