@@ -173,6 +173,7 @@ def test_figures_have_a_line_for_each_row_under_its_heading(finished):
         assert {"Masks <b> & 5 $", "Weight, linear on cls"} <= set(texts)
         names = [one for one in texts if one.startswith(("mask=", "loss_weight="))]
         assert len(names) == lines, texts
+        assert "loss_weight=uniform" in names  # alone in its group: what tells it from its reference
         assert {"r2" + " - reference" * (kind == "differences")} <= set(texts)
         assert texts.count("worse") == (2 if kind == "differences" else 0)  # by r2 and by MAE
     for name in FIGURES:

@@ -167,8 +167,12 @@ def _is_better(first: Line, second: Line, task: str, metric: str, differences: D
 
 
 def label(entry: Entry, group: Group, table: Table) -> str:
-    """Return a short name for a line: what varies in its group, options, head and features."""
-    cells = [one.line.cell for one in group.entries]
+    """Return a short name for a line: what varies in its group, options, head and features.
+
+    Of a row alone in its group it is what tells it from its reference.
+    """
+    compared = [entry.reference] if len(group.entries) == 1 and entry.reference else []
+    cells = [line.cell for line in (*(one.line for one in group.entries), *compared)]
     varying = [name for name in table.options if len({shown_value(one.shown.get(name, "")) for one in cells}) > 1]
     words = [f"{name}={shown_value(value)}" for name, value in entry.line.cell.shown.items() if name in varying]
     if len({reads(one.line) for one in group.entries}) > 1:
