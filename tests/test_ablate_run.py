@@ -297,7 +297,7 @@ def test_a_folder_that_nobody_named_keeps_its_tables(crops, stand_in, tmp_path, 
     monkeypatch.chdir(tmp_path)
 
     def run(out: str | None = None, seed: int = 0, **flags) -> Path:
-        options = AblateOptions(vary=["width=2,3"], crops=[str(crops)], **flags)
+        options = AblateOptions(vary=["width=2,3"], **{"crops": [str(crops)], **flags})
         job = Job.prepare([], options, {}, ProductOptions(out=out, seed=seed))
         job.run()
         return job.out
@@ -308,6 +308,8 @@ def test_a_folder_that_nobody_named_keeps_its_tables(crops, stand_in, tmp_path, 
         with pytest.raises(OutputError, match="width: holds the tables of another grid"):
             run(**other)
     assert (out / "results.csv").read_bytes() == before
+    with pytest.raises(OutputError, match="width: holds the tables of other crops"):
+        run(crops=[str(write_crops(tmp_path / "others", 20, bmi=[20.0 + one for one in range(20)]))])
     assert run(seeds=2, reference=["width=3"]) == out  # more of the same
     with pytest.raises(OutputError, match="type -o ablations/width to replace them"):
         run()  # one seed of two

@@ -206,8 +206,9 @@ class Job:
             return ""
         if there <= _scores(map(self._strand_record, self.strands)):
             return ""
+        what = "another grid" if record["inputs"] == self.crops.inputs() else "other crops"
         return (
-            f"{self.out}: holds the tables of another grid ({command}); name a folder for this one, "
+            f"{self.out}: holds the tables of {what} ({command}); name a folder for this one, "
             f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
         )
 
