@@ -202,11 +202,11 @@ class Job:
         try:
             record = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))
             there, command = _scores(record["strands"]), " ".join(record["command"])
+            what = "another grid" if record["inputs"] == self.crops.inputs() else "other crops"
         except (OSError, ValueError, LookupError, TypeError):  # damaged: there is nothing to tell them by
             return ""
         if there <= _scores(map(self._strand_record, self.strands)):
             return ""
-        what = "another grid" if record["inputs"] == self.crops.inputs() else "other crops"
         return (
             f"{self.out}: holds the tables of {what} ({command}); name a folder for this one, "
             f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
