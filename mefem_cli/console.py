@@ -108,10 +108,16 @@ def table(content: Table) -> None:
     """Print a rich table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
     from rich.console import Console
 
-    terminal = Console(soft_wrap=False)
+    class Terminal(Console):
+        """Ends quietly where nobody reads on, as in `| head -1`."""
+
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python's last flush must not fail either
+
+    terminal = Terminal(soft_wrap=False)
     if not terminal.is_terminal:
         unlimited = Console(width=1 << 14)  # a measure never exceeds its console
-        terminal = Console(width=max(80, unlimited.measure(content).maximum), color_system=None)
+        terminal = Terminal(width=max(80, unlimited.measure(content).maximum), color_system=None)
     terminal.print(content)
 
 

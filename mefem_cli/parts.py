@@ -248,11 +248,13 @@ def parse_yaml(text: str) -> Any:
         """Takes no key twice; YAML itself would silently keep the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := next((key for key in keys if keys.count(key) > 1), ""):
-                raise yaml.MarkedYAMLError(
-                    problem=f'the key "{twice}" stands there twice', problem_mark=node.start_mark
-                )
+            lines: dict[str, int] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    first = lines[key.value]
+                    raise yaml.YAMLError(f'the key "{key.value}" stands there twice, in lines {first} and {line}')
+                lines[key.value] = line
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)  # noqa: S506 - it is a SafeLoader

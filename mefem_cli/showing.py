@@ -46,8 +46,8 @@ class ShowOptions:
             raise UsageError(f"--grid {self.grid}: wanted 2 to 64 patches on a side")
         if self.cls_prob is not None and not 0 <= self.cls_prob <= 1:
             raise UsageError(f"--cls-prob {self.cls_prob}: wanted a probability from 0 to 1, or none")
-        if not (0 < self.sigma < math.inf and abs(self.r0) < math.inf):
-            raise UsageError(f"--sigma {self.sigma} --r0 {self.r0}: wanted a positive steepness and a finite radius")
+        if not (0 < self.sigma < math.inf and 0 < self.r0 < math.inf):
+            raise UsageError(f"--sigma {self.sigma} --r0 {self.r0}: wanted a positive steepness and radius")
 
 
 # Which options a kind takes, besides --out and --overwrite.

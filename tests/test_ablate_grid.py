@@ -43,9 +43,7 @@ def test_every_combination_without_what_a_mask_does_not_use():
         ),
         (["head=linear,knn", "neighbors=5"], ["default", "neighbors=5"]),
         (["head=linear,mlp"], ["default", "default"]),  # told apart by their column in the results
-        (["workers=1,2"], ["workers=1"]),  # changes how, not what
         (["probe.epochs=5,9"], ["probe.epochs=5", "probe.epochs=9"]),
-        (["probe.device=cpu,auto"], ["probe.device=cpu"]),
     ],
 )
 def test_equal_cells_are_merged_and_others_are_not(vary, names):
@@ -202,10 +200,26 @@ def test_a_wrong_grid_file_names_what_is_wrong(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_an_option_among_the_keys_of_a_file_is_told_its_place(tmp_path):
+    path = tmp_path / "grid.yaml"
+    for text, message in [
+        ("head: linear", 'a grid has no key "head"; options of all cells stand under `set`'),
+        ("sets: {width: 2}", 'a grid has no key "sets"; did you mean "set"'),
+        ("rows: []", "`rows` wants a list of options"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UsageError) as error:
+            read_grid(str(path))
+        assert message in str(error.value)
+
+
 def test_a_key_that_stands_twice_is_an_error(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("vary: {width: [2]}\nvary: {mask: [quadrants]}\n")
-    with pytest.raises(UsageError, match='the key "vary" stands there twice'):
+    with pytest.raises(UsageError, match='the key "vary" stands there twice, in lines 1 and 2'):
+        read_grid(str(path))
+    path.write_text("set: {width: 2, width: 3}\n")
+    with pytest.raises(UsageError, match='the key "width" stands there twice, in lines 1 and 1'):
         read_grid(str(path))
 
 
@@ -225,6 +239,9 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path):
         ([], {"vary": ["seed=1,2"]}, "set for each cell"),
         ([], {"vary": ["print-sbatch=true"]}, "has no place"),
         ([], {"vary": ["fraction=0.2,1"]}, "has no place"),
+        ([], {"vary": ["workers=1,2"]}, "--vary workers: it changes no result"),
+        ([], {"vary": ["probe.device=cpu,auto"]}, "--vary probe.device: it changes no result"),
+        ([], {"vary": ["width=2"], "set": ["head=linear"], "head": "mlp"}, "--set head and --head: give one"),
         ([], {"vary": ["limit=50,100"]}, "type mefem ablate --limit N"),
         ([], {"vary": ["width=2"], "set": ["width=3"]}, "give one"),
         ([], {"vary": ["epochs=2"], "epochs": 3}, "give one"),

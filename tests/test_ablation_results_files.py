@@ -20,6 +20,7 @@ from mefem_cli.ablation.grid import Grid, Row, expand
 from mefem_cli.ablation.job import AblateOptions, Job
 from mefem_cli.ablation.reading import Entry, Group, Table
 from mefem_cli.ablation.results import Line
+from mefem_cli.ablation.runner import Outcome
 from mefem_cli.errors import UsageError
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.reports import ablation
@@ -104,7 +105,7 @@ def test_markdown_has_groups_with_the_features_of_an_encoder_under_each_other(fi
     header, rule, *rows = markdown_rows((finished / "out/results.md").read_text())
     assert header == HEADER and all(set(one) == {"-"} for one in rule)
     assert [row[:5] for row in rows] == [
-        ["**Masks <b> & 5 $**", "", "", "", ""],
+        ["**Masks \\<b> & 5 $**", "", "", "", ""],
         ["stripes", "2", "", "linear", "cls"],
         ["", "", "", "mlp", "cls"],
         ["quadrants", "", "", "linear", "cls"],
@@ -223,6 +224,45 @@ def test_failed_rows_and_missing_seeds_are_told():
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
     assert rows[2] == ["2", "1 of 2", "linear", "cls", "**0.500** [0.500, 0.500] best"]
     assert rows[3] == ["3", "0 of 2", "linear", "cls", "failed"]
+
+
+def test_a_row_that_lacks_a_seed_leads_nothing_and_is_counted_everywhere():
+    outcomes = [
+        Outcome(cell, seed, "bmi", [row(value)])
+        for width, values in ((2, (0.1, 0.3)), (3, (0.9, None)), (4, (0.1, 0.2)))
+        for cell in expand(Grid("g", rows=[Row({"width": width})], fixed={"head": "linear"}))
+        for seed, value in enumerate(values)
+        if value is not None
+    ]
+    (found,) = reading.read(outcomes, ("bmi",), 2, [], NoDifferences())
+    assert [one.marks for one in found.entries] == [{"r2": "highest"}, {}, {}]
+    assert reading.CAPTION_LACKING in tables.captions([found])
+    terminal = Console(width=100, file=io.StringIO())
+    terminal.print(tables.to_terminal(found))
+    assert "width=3 [1 of 2 seeds]" in terminal.file.getvalue()
+
+
+def test_equal_values_have_no_first():
+    outcomes = [
+        Outcome(cell, 0, "bmi", [row(value)])
+        for width, value in ((2, 0.3), (3, 0.3), (4, 0.1))
+        for cell in expand(Grid("g", rows=[Row({"width": width})], fixed={"head": "linear"}))
+    ]
+    (found,) = reading.read(outcomes, ("bmi",), 1, [], NoDifferences())
+    assert [one.marks for one in found.entries] == [{}, {}, {}]
+
+
+def row(r2: float) -> dict:
+    metrics = {"r2": {"value": r2, "low": r2 - 0.1, "high": r2 + 0.1}}
+    return {"task": "bmi", "head": "linear", "features": "cls", "metrics": metrics}
+
+
+class NoDifferences:
+    """Differences of rows whose predictions are missing."""
+
+    def between(self, first, second, task):
+        """Nothing is known."""
+        return {}
 
 
 def test_failures_are_listed_and_escaped():

@@ -198,6 +198,9 @@ def expand(grid: Grid) -> list[Cell]:
     Given encoders come behind those that are trained; they are alone where no option of a pretraining is asked for.
     Raises UsageError where a head does not take its features, or an encoder does not have them.
     """
+    for name in grid.vary:
+        if name.rpartition(".")[2] in steps.FREE:
+            raise UsageError(f"--vary {name}: it changes no result, so cells cannot differ in it")
     combinations = [dict(zip(grid.vary, values, strict=True)) for values in itertools.product(*grid.vary.values())]
     assignments = [
         (row, {**row.options, **combination}, {**grid.fixed, **row.options, **grid.forced, **combination})

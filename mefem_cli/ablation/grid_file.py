@@ -64,9 +64,9 @@ def _parse_file(path: Path, name: str) -> Grid:
         raise UsageError(f"{path}: wanted a grid, such as `vary: {{mask: [stripes, quadrants]}}`")
     for one in content:
         if one not in FILE_KEYS:
-            raise UsageError(f'{path}: a grid has no key "{one}"{did_you_mean(str(one), FILE_KEYS)}')
-    rows = content.get("rows") or [{}]
-    if not isinstance(rows, list):
+            raise UsageError(f'{path}: a grid has no key "{one}"{_hint(str(one))}')
+    rows = content.get("rows", [{}])
+    if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: `rows` wants a list of options, such as `- {{mask: stripes, width: 3}}`")
     try:
         tasks = as_names(content.get("task") or DEFAULT_TASK)
@@ -84,6 +84,13 @@ def _parse_file(path: Path, name: str) -> Grid:
         )
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
+
+
+def _hint(key: str) -> str:
+    """Return where a word belongs that is no key of a grid."""
+    if any(key.replace("-", "_") in steps.options(step) for step in steps.STEPS):
+        return f"; options of all cells stand under `set`, as in `set: {{{key}: ...}}`"
+    return did_you_mean(key, FILE_KEYS)
 
 
 def _parse_table(content: Mapping[str, Any], section: str) -> dict[str, Any]:

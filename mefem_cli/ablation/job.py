@@ -74,7 +74,10 @@ def read_grid(named: list[str], options: AblateOptions, machine: dict[str, Any])
     vary = _once("--vary", [grids.parse_vary(one) for one in options.vary])
     forced = _once("--set", [grids.parse_set(one) for one in options.set])
     flags = {**machine, "head": options.head, "features": options.features}
-    forced |= {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
+    typed = {name: steps.parse(name, value) for name, value in flags.items() if value is not None}
+    for name in forced.keys() & typed.keys():
+        raise UsageError(f"--set {name} and --{name}: give one of them")
+    forced |= typed
     grid = grid_file.read_grid(named[0]) if named else Grid("-".join(vary) or "models")
     if options.reference:
         grid = replace(grid, references=[grids.parse_reference(one) for one in options.reference])
@@ -208,7 +211,7 @@ class Job:
         if there <= _scores(map(self._strand_record, self.strands)):
             return ""
         return (
-            f"{self.out}: holds the tables of {what} ({command}); name a folder for this one, "
+            f"{self.out}: holds the tables of {what} ({command:.120}); name a folder for this one, "
             f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
         )
 

@@ -229,13 +229,23 @@ def summary(plan: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, plan["seeds"]))
     machine = f"on GPUs {', '.join(plan['gpus'])}" if plan["gpus"] else f"on {plan['on']}"
     at_once = f"{plan['jobs']} at once" if plan["jobs"] else "as many at once as there is room for"
-    known = duration(plan["estimated_seconds"])
-    took = f"about {known}" if plan["estimate_is_whole"] else f"over {known}, as not all can be told"
     given = f"given encoders: {len(plan['models'])}\n" if plan["models"] else ""
     return (
         f"cells: {len(plan['cells'])}, scored on {', '.join(plan['tasks'])} of {plan['crops']:,} faces\n"
         f"pretrainings: {plan['pretrainings']} (seeds {seeds}), of which {plan['to_train']} to train: "
         f"about {plan['steps']:,} steps, {at_once} {machine}\n{given}"
-        f"time: {took}, by steps timed here; probing comes on top\n"
+        f"{_told_time(plan)}\n"
         f"-> {plan['out']}"
+    )
+
+
+def _told_time(plan: dict[str, Any]) -> str:
+    seconds, is_whole = plan["estimated_seconds"], plan["estimate_is_whole"]
+    if not seconds and is_whole:
+        states = {state for cell in plan["cells"] for state in cell["states"]}
+        return "all is finished" if states == {"finished"} else "only probing is left"
+    took = f"about {duration(seconds)}" if is_whole else f"over {duration(seconds)}, as not all can be told"
+    return (
+        f"time: {took} of training and embedding, by steps timed here; start and reports take some seconds an encoder, "
+        "and probing comes on top"
     )

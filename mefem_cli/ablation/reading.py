@@ -26,6 +26,10 @@ CAPTION_SEEDS = (
     "intervals of the mean, from the bootstrap over people (more seeds do not shrink it: all see the same people) and "
     "the t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
 )
+CAPTION_LACKING = (
+    "Where seeds are missing, a mean is of those that are there and a difference of those that both rows have; such a "
+    "row is not marked."
+)
 CAPTION_DIFFERENCES = (
     "Differences are paired: each bootstrap draws the same people for a row and for its reference, seed by seed; over "
     "seeds they are combined as the means are. Better or worse: the interval excludes 0; unclear is not equal."
@@ -147,15 +151,22 @@ def _groups(lines: Sequence[Line], task: str, references: Sequence[Reference], d
 
 
 def _marks(lines: Sequence[Line], task: str, differences: Differences) -> dict[int, dict[str, str]]:
-    """Return which line of a group, by its place, is the best by each shown metric, and whether that can be told."""
+    """Return which line of a group, by its place, is the best by each shown metric, and whether that can be told.
+
+    A line that lacks seeds is another mean and leads nothing; where two are equal, neither does.
+    """
     marks: dict[int, dict[str, str]] = {}
+    most = max((len(line.seeds) for line in lines), default=0)
     for metric in [name for names in SHOWN.values() for name in names]:
-        values = {place: line.metrics[metric].value for place, line in enumerate(lines) if metric in line.metrics}
+        whole = {place: line for place, line in enumerate(lines) if len(line.seeds) == most}
+        values = {place: line.metrics[metric].value for place, line in whole.items() if metric in line.metrics}
         values = {place: value for place, value in values.items() if math.isfinite(value)}
         sign = -1 if metric in LOWER_IS_BETTER else 1
         if len(values) < 2:
             continue
         first, *others = sorted(values, key=lambda place: -sign * values[place])
+        if values[first] == values[others[0]]:
+            continue
         is_told = all(_is_better(lines[first], lines[other], task, metric, differences) for other in others)
         marks.setdefault(first, {})[metric] = BEST if is_told else "highest" if sign > 0 else "lowest"
     return marks

@@ -13,6 +13,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,19 +59,21 @@ class Status:
     cells: list[CellStatus]
     is_running: bool  # a driver is at work
     left: float | None  # seconds, from those that finished cells took
+    command: str = ""  # that began it
 
 
 def read(out: Path) -> Status:
     """Read the folder of an ablation. Raises NoInputError where none was begun."""
     try:
-        strands = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["strands"]
+        record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+        strands, command = record["strands"], " ".join(record["command"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NoInputError(
             f"{out}: no ablation was begun there; start it without --status, or name it with -o"
         ) from error
     found = [(one, list(_strand_cells(out, one))) for one in strands]
     cells = [cell for _, several in found for cell in several]
-    return Status(cells, is_claimed(out), _seconds_left(out, found))
+    return Status(cells, is_claimed(out), _seconds_left(out, found), command)
 
 
 def _strand_cells(out: Path, strand: dict[str, Any]) -> Iterator[CellStatus]:
@@ -156,12 +159,16 @@ def show(out: Path) -> None:
     from rich.console import Console
     from rich.live import Live
 
+    console.note(f"{out}, begun by: {_printable(status.command)}")  # which need not be what was typed with --status
     terminal = Console()
     if not (terminal.is_terminal and status.is_running):
         console.table(to_table(status))
         print(summary(status))
         return
-    with Live(console=terminal, screen=False, auto_refresh=False) as live:
+    with (
+        suppress(KeyboardInterrupt),
+        Live(console=terminal, screen=False, auto_refresh=False) as live,
+    ):  # the grid goes on
         while status.is_running:
             live.update(_fitting(status, terminal), refresh=True)
             time.sleep(REFRESH_SECONDS)

@@ -109,6 +109,8 @@ def captions(tables: Sequence[Table], best: str = reading.CAPTION_BEST) -> list[
     """Return what a reader must know to read tables; `best` explains their marks."""
     num_seeds = max((table.num_seeds for table in tables), default=1)
     found = [reading.CAPTION_SEEDS.format(num_seeds) if num_seeds > 1 else reading.CAPTION_ONE_SEED]
+    if any(table.lacks_seeds for table in tables):
+        found.append(reading.CAPTION_LACKING)
     if any(entry.marks for table in tables for entry in table.entries):
         found.append(best)
     if any(table.is_compared for table in tables):
@@ -137,6 +139,7 @@ def to_terminal(table: Table) -> rich.table.Table:
         shown.add_column(r"- reference \[95 %]", justify="right", no_wrap=True)
         shown.add_column("")
     skipped = num_text_columns(table)
+    most = table.num_seeds if table.num_seeds > 1 else 0
     for group in table.groups:
         if group.heading:
             shown.add_row(Text(group.heading, "bold"))
@@ -145,7 +148,8 @@ def to_terminal(table: Table) -> rich.table.Table:
             shown_numbers = numbers[: 1 + 2 * table.is_compared]
             styles = ["bold" if one.mark == BEST else "" for one in shown_numbers]
             texts = [" ".join(filter(None, (one.text, one.interval))) for one in shown_numbers]
-            shown.add_row(Text(reading.label(entry, group, table)), *map(Text, texts, styles))
+            count = f" [{len(entry.line.seeds)} of {table.num_seeds} seeds]" if len(entry.line.seeds) < most else ""
+            shown.add_row(Text(reading.label(entry, group, table) + count), *map(Text, texts, styles))
     return shown
 
 
@@ -168,7 +172,7 @@ def _markdown(content: Content) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|").replace("<", "\\<").replace("\n", " ")
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
@@ -240,7 +244,8 @@ def to_latex(name: str, tables: Sequence[Table]) -> str:
     parts = [
         f"% Ablation {_one_line(name)}: made by mefem ablate, rewritten when it runs again.",
         r"% \usepackage{booktabs,graphicx} in the preamble, \input{results.tex} where the tables belong, best in a",
-        r"% table* of two columns: what is wider than a line is shrunk to it.",
+        r"% table* of two columns: what is wider than a line is shrunk to it. Names in other scripts than Latin want",
+        r"% XeLaTeX or LuaLaTeX.",
     ]
     for table in tables:
         parts += [

@@ -29,7 +29,7 @@ def run(arguments: list[str], given: Given) -> None:
         raise UsageError(f"name what to show: {', '.join(showing.USES)}, as in mefem show masks")
     kind, *rest = arguments
     if kind not in showing.USES:
-        raise UsageError(f'mefem show does not know "{kind}"{did_you_mean(kind, showing.USES)}')
+        raise UsageError(f'there is no picture of "{kind}"{did_you_mean(kind, showing.USES)}')
     options = given.build("showing", "ShowOptions")
     _warn_of_no_effect(kind, given)
     if kind == "parts":

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from mefem_cli.ablation.reading import Entry, Table, label, title
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.numbers import TITLES
-from mefem_cli.reports.curves import COLOURS, INK, STYLE, svg_element
+from mefem_cli.reports.curves import COLOURS, INK, STYLE, letters_may_lack, svg_element
 from mefem_cli.stores import product
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def save(drawing: Drawing, folder: Path, name: str) -> None:
 
     stem = quote(name, safe="-. ")[:LONGEST_FILE]
     product.write_text(folder / f"{stem}.svg", drawing.svg + "\n")
-    with rc_context(STYLE), product.writing(folder / f"{stem}.png") as temporary:
+    with rc_context(STYLE), letters_may_lack(), product.writing(folder / f"{stem}.png") as temporary:
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         drawing.draw(figure)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ VARIABLES = """:root { --curve-1: #2a6fdb; --curve-2: #d9622b; --curve-3: #1f9d6
 """  # CSS of a page with curves
 MAX_POINTS = 400
 SIZE = (5.0, 2.7)  # inches
-LEGEND, LEGEND_HANDLE = 72, 7  # letters across a panel, and of the line beside a label
+LEGEND, LEGEND_HANDLE = 60, 7  # letters across a panel, and of the line beside a label
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mefem",  # the same curves give the same bytes
@@ -68,7 +70,12 @@ class Panel:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to draw."""
-        return not any(_is_number(value) for curve in [*self.curves, *self.right] for value in curve.y)
+        return not any(map(is_drawn, [*self.curves, *self.right]))
+
+
+def is_drawn(curve: Curve | None) -> bool:
+    """Return whether a curve has anything to draw."""
+    return curve is not None and any(map(_is_number, curve.y))
 
 
 def draw(panel: Panel) -> str:
@@ -112,17 +119,22 @@ def _widths(labels: Sequence[str], count: int) -> list[int]:
     return [max(map(len, labels[at : at + height])) + LEGEND_HANDLE for at in range(0, len(labels), height)]
 
 
+@contextmanager
+def letters_may_lack() -> Iterator[None]:
+    """Draw without a warning for each letter that the font has not, such as a Chinese one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
 def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
     """Return what `draw` puts into an empty figure of `size` inches as an `<svg>` element without fixed colours."""
-    import warnings
-
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the browser has the letter
+    with rc_context(STYLE), letters_may_lack():  # text stays text: the browser has the letter
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
@@ -148,7 +160,7 @@ def _use_log_scale(axis: Any) -> None:
 
 def _draw_curves(axis: Any, curves: Sequence[Curve]) -> None:
     for curve in curves:
-        if not any(_is_number(y) for y in curve.y):
+        if not is_drawn(curve):
             continue
         points = [(x, math.nan if y is None else y) for x, y in zip(curve.x, curve.y, strict=True)]
         xs, ys = zip(*_thinned(points), strict=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_FACES, FACE_PX, FACE_INCHES = 48, 160, 0.92
 PANEL = (2.35, 1.55)  # inches
-MOST_LABELS, MOST_CLASSES, MOST_LETTERS = 12, 8, 18
+MOST_LABELS, MOST_CLASSES, MOST_LETTERS = 12, 10, 18
 NUM_BINS = 24
 TOLD_FIRST, MOST_TOLD = ("bmi", "age", "sex", "gender"), 2  # labels below a face, where --by names none
 
@@ -146,6 +146,7 @@ def _bars(title: str, counts: Sequence[tuple[str, int]]) -> Callable[[Any], None
         places = range(len(counts))
         axis.barh(places, [count for _, count in counts], color=COLOURS[0], height=0.7)
         axis.set_yticks(places, [plain(clipped(name, 14)) for name, _ in counts])
+        axis.tick_params(axis="y", labelsize=7.5 if len(counts) <= 8 else 6)
         axis.set_ylim(max(len(counts), 2) - 0.5, -0.5)
         axis.grid(False, axis="y")
         axis.locator_params(axis="x", nbins=4, integer=True)

@@ -34,7 +34,8 @@ SAMPLE_INCHES, HEAT_INCHES, LEGEND_INCHES = 1.2, 1.62, (6.9, 0.33)
 # Not the colours of a page: what lies over the face is the same in light and dark. Sky blue and white over grey are
 # told apart by every kind of colour vision and, as light, lighter and hatched, in print without colour.
 EDGE, TARGET, NEITHER, HATCH = "#14171d", (0.56, 0.80, 0.96), (1.0, 1.0, 1.0), "#8b93a1"
-HEADROOM = 2.4  # patches above the grid, where the CLS token is
+UNIT = 1 / 14  # of a grid: what is beside the patches is as large on any other as on 14 x 14
+HEADROOM = 2.4 * UNIT  # above the grid, where the CLS token is
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,11 @@ def _moved(split: Split, num_tokens: int, has_cls: bool) -> np.ndarray:
 
 
 def _row(mode: Mode, face: np.ndarray, options: ShowOptions) -> Row:
-    grid = options.grid
     tiles = [
-        Tile("", _sample(mode, number, face), size=(SAMPLE_INCHES, SAMPLE_INCHES * (1 + HEADROOM / grid)))
+        Tile("", _sample(mode, number, face), size=(SAMPLE_INCHES, SAMPLE_INCHES * (1 + HEADROOM)))
         for number in range(len(mode.source))
     ]
-    size = (HEAT_INCHES, SAMPLE_INCHES * (1 + HEADROOM / grid))
+    size = (HEAT_INCHES, SAMPLE_INCHES * (1 + HEADROOM))
     chances = {"P(source)": mode.p_source, "P(target)": mode.p_target}
     heat = [Tile("", _heat(chance, name), size=size) for name, chance in chances.items()]
     title = f"{mode.mask}, {mode.name}" if mode.name else mode.mask
@@ -221,8 +221,8 @@ def _sample(mode: Mode, number: int, face: np.ndarray) -> Callable[[Any], None]:
         _outline(axis, source)
         _mark_moved(axis, moved)
         if cls is not None:
-            _cls_token(axis, cls)
-        axis.set(xlim=(-0.1, grid + 0.1), ylim=(grid + 0.1, -HEADROOM), aspect="equal")
+            _cls_token(axis, cls, UNIT * grid)
+        axis.set(xlim=(-0.1, grid + 0.1), ylim=(grid + 0.1, -HEADROOM * grid), aspect="equal")
 
     return draw
 
@@ -257,15 +257,20 @@ def _mark_moved(axis: Any, patches: np.ndarray) -> None:
         axis.plot([column + 0.2, column + 0.8], [row + 0.8, row + 0.2], color=EDGE, linewidth=1.1)
 
 
-def _cls_token(axis: Any, in_source: bool) -> None:
-    """Draw the CLS token above the grid: framed like the source, or blue like the target, and in words."""
+def _cls_token(axis: Any, in_source: bool, unit: float) -> None:
+    """Draw the CLS token above the grid: framed like the source, or blue like the target, and in words.
+
+    `unit` is that of lengths, in patches.
+    """
     from matplotlib.patches import Rectangle
 
     colour = (1.0, 1.0, 1.0) if in_source else TARGET
     edge = {"edgecolor": EDGE, "linewidth": 1.3} if in_source else {"edgecolor": "none"}
-    axis.add_patch(Rectangle((0.1, -2.1), 3.4, 1.65, facecolor=colour, clip_on=False, **edge))
-    axis.text(1.8, -1.25, "CLS", size=6.5, weight="bold", color=EDGE, ha="center", va="center_baseline")
-    axis.text(4.0, -1.25, "in source" if in_source else "in target", size=7, va="center_baseline")
+    axis.add_patch(
+        Rectangle((0.1 * unit, -2.1 * unit), 3.4 * unit, 1.65 * unit, facecolor=colour, clip_on=False, **edge)
+    )
+    axis.text(1.8 * unit, -1.25 * unit, "CLS", size=6.5, weight="bold", color=EDGE, ha="center", va="center_baseline")
+    axis.text(4.0 * unit, -1.25 * unit, "in source" if in_source else "in target", size=7, va="center_baseline")
 
 
 def _legend(has_cls: bool) -> Callable[[Any], None]:
@@ -299,7 +304,7 @@ def _legend(has_cls: bool) -> Callable[[Any], None]:
 
 def _heat(chance: np.ndarray, name: str) -> Callable[[Any], None]:
     """Draw probabilities [L, L] from 0 to the largest, as high as the face beside it."""
-    share = len(chance) / (len(chance) + HEADROOM)  # of the height, as the CLS token stands above the face
+    share = 1 / (1 + HEADROOM)  # of the height, as the CLS token stands above the face
 
     def draw(figure: Any) -> None:
         heat_map(figure, chance, name, float(chance.max()), share)
@@ -313,10 +318,10 @@ def heat_map(figure: Any, values: np.ndarray, name: str, largest: float, share: 
     `share` of the figure's height is the grid, the name stands above it.
     """
     grid = len(values)
-    width = share * SAMPLE_INCHES * (1 + HEADROOM / grid) / HEAT_INCHES  # of a square, in shares of the figure
+    width = share * SAMPLE_INCHES * (1 + HEADROOM) / HEAT_INCHES  # of a square, in shares of the figure
     axis = without_axes(axes_at(figure, 0, 0, width, share))
     image = axis.imshow(values, extent=(0, grid, grid, 0), cmap="viridis", vmin=0, vmax=largest, interpolation="none")
-    axis.text(0, -0.35, name, size=8, va="bottom")
+    axis.text(0, -0.35 * UNIT * grid, name, size=8, va="bottom")
     bar = figure.colorbar(image, cax=axes_at(figure, width + 0.03, 0.1 * share, 0.045, 0.8 * share))
     bar.outline.set_visible(False)
     bar.ax.grid(False)

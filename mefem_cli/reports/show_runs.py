@@ -14,7 +14,7 @@ from typing import Any
 from mefem_cli.engine import alarm
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.reports import curves, health, html
-from mefem_cli.reports.curves import Panel
+from mefem_cli.reports.curves import Curve, Panel
 from mefem_cli.reports.panels import panels
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
 from mefem_cli.stores import runs
@@ -136,7 +136,7 @@ def _sheet(found: Sequence[Run]) -> Sheet:
     inputs = {str(run.path.absolute()): _digest(run) for run in found}
     lead = "; ".join(f"{name}: {verdict[0].lower()}{verdict[1:]}" for name, _, _, verdict, _ in lines)
     dashes = f", dashed from run {ONE_LINE_EACH + 1} on" if len(found) > ONE_LINE_EACH else ""
-    return Sheet("Runs", f"{lead}. A line for each run in all curves{dashes}.", rows, body, inputs)
+    return Sheet("Runs", f"{lead}. A line for each run that has the measure{dashes}.", rows, body, inputs)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -158,18 +158,24 @@ def compare(metrics: dict[str, list[Metrics]]) -> list[Panel]:
         of_runs = {
             run: panels_of[name]
             for run, panels_of in by_run.items()
-            if name in panels_of and panels_of[name].curves and not panels_of[name].is_empty
+            if name in panels_of and curves.is_drawn(_chosen(panels_of[name], which))
         }
         if of_runs:
             found.append(_compared(of_runs, which, list(by_run)))
     return found
 
 
+def _chosen(panel: Panel, which: int) -> Curve | None:
+    """Return the curve of a panel that is compared; None where it has none."""
+    return panel.curves[min(which, len(panel.curves) - 1)] if panel.curves else None
+
+
 def _compared(of_runs: dict[str, Panel], which: int, names: Sequence[str]) -> Panel:
     """Return one panel with the curve of the number `which` of each run, in the run's colour."""
     chosen = []
     for run, panel in of_runs.items():
-        curve = panel.curves[min(which, len(panel.curves) - 1)]
+        curve = _chosen(panel, which)
+        assert curve is not None
         turn, colour = divmod(names.index(run), ONE_LINE_EACH)
         chosen.append(replace(curve, label=_label(run), colour=colour, dashed=bool(turn), faint=False))
     panel = next(iter(of_runs.values()))
@@ -227,7 +233,8 @@ def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:
     verdict = alarm.judge(epochs, facts.warmup_steps)
     state = "finished" if run.is_finished else "not finished"
     epoch = str(epochs[-1]["epoch"]) if epochs else "-"
-    return name, state, epoch, health.headline(verdict, epochs, facts), verdict.measured
+    measured = verdict.measured or verdict.meaning
+    return name, state, epoch, health.headline(verdict, epochs, facts), measured
 
 
 def _differences(names: Sequence[str], found: Sequence[Run]) -> list[tuple[str, ...]]:
