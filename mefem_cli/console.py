@@ -82,7 +82,12 @@ def _print(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python's last flush must not fail either
+        ignore_stdout()
+
+
+def ignore_stdout() -> None:
+    """Drop what is written from now on, as nobody reads it: Python's last flush must not fail either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _without_nan(value: Any) -> Any:
@@ -112,7 +117,7 @@ def table(content: Table) -> None:
         """Ends quietly where nobody reads on, as in `| head -1`."""
 
         def on_broken_pipe(self) -> None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python's last flush must not fail either
+            ignore_stdout()
 
     terminal = Terminal(soft_wrap=False)
     if not terminal.is_terminal:

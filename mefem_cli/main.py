@@ -138,7 +138,10 @@ def _run(module: ModuleType, name: str, values: dict[str, Any]) -> None:
     _warn_of_unknown_variables(name, values)
     if options.debug:
         os.environ["MEFEM_DEBUG"] = "1"
-    module.run(arguments, chosen)
+    try:
+        module.run(arguments, chosen)
+    except BrokenPipeError:  # of which Typer would make exit code 1
+        console.ignore_stdout()
 
 
 def _warn_of_unknown_variables(command: str, options: Iterable[str]) -> None:
@@ -201,7 +204,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _fail("stopped by Ctrl-C; run the same command again to go on", INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on: Python's last flush must not fail
+        from mefem_cli import console
+
+        console.ignore_stdout()
         code = 0
     except OSError as error:
         code = _report_bug(error) if error.errno is None else _fail(*_explained(error))

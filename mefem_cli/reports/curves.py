@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -110,13 +111,15 @@ def draw_panel(figure: Figure, panel: Panel) -> None:
 
 def _num_columns(labels: Sequence[str]) -> int:
     """Return in how many columns a legend has room."""
-    return next((count for count in (3, 2) if count <= len(labels) and sum(_widths(labels, count)) <= LEGEND), 1)
+    return next((count for count in (3, 2) if count <= len(labels) and _num_letters(labels, count) <= LEGEND), 1)
 
 
-def _widths(labels: Sequence[str], count: int) -> list[int]:
-    """Return the letters of each column of a legend, which fills them one after the other, with its lines."""
-    height = math.ceil(len(labels) / count)
-    return [max(map(len, labels[at : at + height])) + LEGEND_HANDLE for at in range(0, len(labels), height)]
+def _num_letters(labels: Sequence[str], count: int) -> int:
+    """Return how wide a legend of so many columns is; they are filled one after the other, the first ones fuller."""
+    least, num_fuller = divmod(len(labels), count)
+    ends = list(itertools.accumulate(least + (column < num_fuller) for column in range(count)))
+    columns = [labels[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return sum(max(map(len, column)) + LEGEND_HANDLE for column in columns)
 
 
 @contextmanager

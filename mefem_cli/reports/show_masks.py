@@ -222,7 +222,8 @@ def _sample(mode: Mode, number: int, face: np.ndarray) -> Callable[[Any], None]:
         _mark_moved(axis, moved)
         if cls is not None:
             _cls_token(axis, cls, UNIT * grid)
-        axis.set(xlim=(-0.1, grid + 0.1), ylim=(grid + 0.1, -HEADROOM * grid), aspect="equal")
+        edge = 0.1 * UNIT * grid  # room for the frame of the source
+        axis.set(xlim=(-edge, grid + edge), ylim=(grid + edge, -HEADROOM * grid), aspect="equal")
 
     return draw
 

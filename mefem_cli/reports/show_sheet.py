@@ -30,6 +30,7 @@ PICTURE_WIDTH = 9.8  # inches; a longer row goes on in the next line
 DPI, PAGE_DPI = 150, 96
 GAP = 0.07  # inches between tiles
 LINE, TITLE_LINE = 0.165, 0.30  # inches of a line of text, of a title with the space above it
+BASELINE = 0.105  # inches from a tile to the first line of its title
 LETTERS = 15.5  # of a caption to an inch
 PAPER, SOFT = "#ffffff", "#5d6472"
 STYLE = (
@@ -255,7 +256,8 @@ def _draw_tiles(part: Any, tiles: Sequence[Tile], width: float) -> None:
         else:
             photo(cells[0, 2 * place], tile.pixels)
         if tile.title:
-            cells[1, 2 * place].text(0.02, 0.97, plain(_wrapped(tile)), size=7.5, va="top", linespacing=1.1)
+            below = {"va": "baseline", "size": 7.5, "linespacing": 1.1}  # at one height, whatever its letters
+            cells[1, 2 * place].text(0.02, 1 - BASELINE / heights[1], plain(_wrapped(tile)), **below)
 
 
 def axes_at(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
