@@ -372,6 +372,7 @@ def test_a_file_whose_reference_fits_no_row_fails_before(crops, tmp_path, capsys
         ({"task": ["age"]}, NoInputError, "there is no label age; there is bmi, constant, subject"),
         ({"task": ["constant"]}, NoInputError, "the label is 1 for all 60 faces"),
         ({"set": ["folds=31"]}, UsageError, "fewer than the 31 folds"),
+        ({"set": ["folds=31"]}, UsageError, "typed as --set folds=2"),
         ({"set": ["folds=1"]}, UsageError, "--folds 1"),
         ({"set": ["weight_decay=x"]}, UsageError, "--weight-decay x"),
         ({"machine": {"workers": "0"}}, UsageError, "--workers 0: wanted 1 or more"),

@@ -17,7 +17,7 @@ from mefem_cli.ablation import differences, grid_file, models, results, steps, s
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.runner import Outcome, Strand, run_strand
-from mefem_cli.errors import NoInputError, OutputError, UsageError
+from mefem_cli.errors import MefemError, NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import problem
 from mefem_cli.executors import Lost
 from mefem_cli.executors.choice import open_executor
@@ -334,12 +334,21 @@ def _usable_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int, may_dr
                 lacking[task] = error
                 continue
             for target in asked.targets:
-                problem.make_problem(faces, asked, target, options, seed)
+                _make_problem(faces, asked, target, options, seed)
     if lacking and (not may_drop or len(lacking) == len(grid.tasks)):
         raise next(iter(lacking.values()))
     for reason in lacking.values():
         console.warn(f"left out: {reason}")
     return tuple(task for task in grid.tasks if task not in lacking)
+
+
+def _make_problem(faces: FeatureStore, asked: Any, target: Any, options: Any, seed: int) -> None:
+    """Make a problem; an error that advises an option of mefem probe says how a grid is given it."""
+    try:
+        problem.make_problem(faces, asked, target, options, seed)
+    except MefemError as error:
+        hint = "; in a grid options of mefem probe are typed as --set folds=2" if "type --" in str(error) else ""
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _strands(cells: list[Cell], crops: Crops, grid: Grid, seed: int, out: Path) -> list[Strand]:
