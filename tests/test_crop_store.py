@@ -70,6 +70,9 @@ def test_what_cannot_be_opened(tmp_path):
     (one / "manifest.parquet").unlink()
     with pytest.raises(NoInputError, match="not finished"):
         Crops.open(one)
+    (one / "cells").mkdir()
+    with pytest.raises(NoInputError, match="is an ablation"):
+        Crops.open(one)
     (one / "manifest.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(NoInputError, match="damaged"):
         Crops.open(one)

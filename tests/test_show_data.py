@@ -163,6 +163,18 @@ def test_curves_of_runs_are_their_metrics(tmp_path):
     assert list(panels["spectrum"].curves[0].y) == pytest.approx([0.56, 0.3])  # the last epoch
 
 
+def test_a_run_of_a_grid_is_named_by_its_cell(tmp_path):
+    strands = [
+        {"folder": f"cells/{key}", "seed": seed, "cells": [{"cell": f"width={width}"}]}
+        for key, width, seed in (("aa", 2, 0), ("bb", 3, 0), ("cc", 2, 1))
+    ]
+    (tmp_path / "provenance.json").write_text(json.dumps({"strands": strands}))
+    paths = [tmp_path / "cells" / key / "run" for key in ("cc", "bb", "dd")]
+    assert show_runs.names_of(paths) == ["width=2 seed 1", "width=3 seed 0", "run"]  # the last is no cell of it
+    (tmp_path / "provenance.json").write_text("[1]")
+    assert show_runs.names_of(paths[:2]) == ["cc/run", "bb/run"]
+
+
 def test_runs_side_by_side_name_what_differs(tmp_path, mefem_command, monkeypatch):
     monkeypatch.setattr(show_runs, "COMPARED", {"rankme": 0, "spectrum": -1})  # drawing takes most of the time
     measured_run(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -140,13 +141,25 @@ def _sheet(found: Sequence[Run]) -> Sheet:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Return short names of folders that tell them apart."""
-    names = [path.absolute().name for path in paths]
+    """Return short names of runs that tell them apart: of one of a grid its cell, else the name of its folder."""
+    names = [_cell_of(path.absolute()) or path.absolute().name for path in paths]
     if len(set(names)) < len(names):
         names = ["/".join(path.absolute().parts[-2:]) for path in paths]
     return (
         names if len(set(names)) == len(names) else [f"{number} {name}" for number, name in enumerate(names, start=1)]
     )
+
+
+def _cell_of(run: Path) -> str:
+    """Return cell and seed of a run that `mefem ablate` made, `cells/<key>/run`; empty for any other."""
+    grid = run.parents[2] if len(run.parents) > 2 else run
+    try:
+        strands = json.loads((grid / "provenance.json").read_text(encoding="utf-8"))["strands"]
+        own = next(one for one in strands if grid / one["folder"] == run.parent)
+        seed = f" seed {own['seed']}" if len({one["seed"] for one in strands}) > 1 else ""
+        return str(own["cells"][0]["cell"]) + seed
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):  # no grid, or damaged
+        return ""
 
 
 def compare(metrics: dict[str, list[Metrics]]) -> list[Panel]:

@@ -154,7 +154,9 @@ def _read_index(folder: Path) -> tuple[pa.Table, np.ndarray]:
 def _why_no_crops(folder: Path) -> str:
     if not folder.exists():
         return f"no such crops folder: {folder}; make it with mefem crop PHOTOS -o {folder}"
-    if (folder / JOURNAL).is_dir():
+    if (folder / "cells").is_dir():
+        return f"{folder} is an ablation, no crops folder; name the crops that it was made of"
+    if (folder / PROVENANCE).is_file():
         return f"{folder} is not finished: mefem crop was stopped there; run it again with the same options"
     return f"{folder} is no crops folder (no {MANIFEST}); make one with mefem crop {folder} -o crops"
 
