@@ -194,7 +194,7 @@ def test_a_run_is_judged_as_on_its_own_page(tmp_path, mefem_command, monkeypatch
     short = measured_run(tmp_path / "b", 0.39)  # loss over position: .99 at the end
     _, stdout, _ = mefem_command("show", "run", "a", "b", "-o", "both.html")
     page = Path(stdout.strip()).read_text()
-    assert "a: healthy; b: ended before it learned. A line for each run that has the measure." in page
+    assert "In each figure a line for each run that has the measure." in page
     assert f"<td>{health.TOO_SHORT}</td>" in page and "Too early" not in page
     assert f"<strong>{health.TOO_SHORT}</strong>" in health.write(short, show_runs.about(short), "").read_text()
 

@@ -17,17 +17,24 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.reports import curves, health, html
 from mefem_cli.reports.curves import Curve, Panel
 from mefem_cli.reports.panels import panels
-from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
+from mefem_cli.reports.show_crops import clipped
+from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain, without_axes
 from mefem_cli.stores import runs
 from mefem_cli.stores.product import file_sha256
 from mefem_cli.stores.runs import ENCODER_FILES, Run
 
 Metrics = dict[str, Any]
 RUNS = Path("runs")
-PANEL, LINE = (4.6, 2.5), 0.07  # inches; a line of title or legend as a share of the height
+PANEL, LINE = (4.6, 2.2), 0.085  # inches; a line of the title as a share of the height
 TITLE_LETTERS = 58  # of a panel's title, in a line
+KEY_WIDTH, KEY_LINE, KEY_LETTERS = 2 * PANEL[0], 0.2, 120  # of the key above all panels: inches, and letters of a line
 ONE_LINE_EACH = len(curves.COLOURS)  # runs; those beyond are dashed in the same colours
 MOST_RUNS = 2 * ONE_LINE_EACH
+# The key stays in view where a screen has room for it and for curves.
+STYLE = """<style>
+.runs { background: var(--paper); margin-bottom: .8rem; } .runs svg { width: 100%; height: auto; min-width: 40rem; }
+.runs { overflow-x: auto; } @media (min-height: 44rem) { .runs { position: sticky; top: 0; z-index: 1; } }
+</style>"""
 # Of each panel of the health page the curve that tells runs apart; panels that follow from the options are left out.
 COMPARED = {
     "loss": 1,  # on held-out faces
@@ -122,22 +129,24 @@ def _sheet(found: Sequence[Run]) -> Sheet:
     compared = compare({name: list(run.metrics()) for name, run in zip(names, found, strict=True)})
     if not compared:
         raise NoInputError(f"{', '.join(str(run.path) for run in found)}: nothing is measured yet")
-    tiles = [Tile("", _drawer(panel), size=PANEL) for panel in compared]
+    lines = list(map(_line, names, found))
+    key = _key([f"{name}: {verdict}" for name, _, _, verdict, _ in lines])
+    unnamed = [replace(panel, curves=[replace(one, label="") for one in panel.curves]) for panel in compared]
+    tiles = [key, *(Tile("", _drawer(panel), size=PANEL) for panel in unnamed)]
     figures = "".join(
         f"<figure><h3>{escape(panel.title)}</h3>{curves.draw(panel)}<figcaption>{escape(panel.reading)}</figcaption></figure>"
-        for panel in compared
+        for panel in unnamed
     )
-    page = f'{health.STYLE}<div class="panels">{figures}</div>'
-    rows = [Row("", tiles, page=page)]
-    lines = list(map(_line, names, found))
+    assert key.draw is not None
+    shown_key = f'<div class="runs">{curves.svg_element(key.draw, key.size)}</div>'
+    rows = [Row("", tiles, page=f'{health.STYLE}{STYLE}{shown_key}<div class="panels">{figures}</div>')]
     body = [html.table(("run", "state", "epoch", "verdict", "measured"), lines)]
     changed = _differences(names, found)
     if changed:
         body += [html.heading("Options that differ"), html.table(("option", *names), changed)]
     inputs = {str(run.path.absolute()): _digest(run) for run in found}
-    lead = "; ".join(f"{name}: {verdict[0].lower()}{verdict[1:]}" for name, _, _, verdict, _ in lines)
     dashes = f", dashed from run {ONE_LINE_EACH + 1} on" if len(found) > ONE_LINE_EACH else ""
-    return Sheet("Runs", f"{lead}. A line for each run that has the measure{dashes}.", rows, body, inputs)
+    return Sheet("Runs", f"In each figure a line for each run that has the measure{dashes}.", rows, body, inputs)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -190,7 +199,7 @@ def _compared(of_runs: dict[str, Panel], which: int, names: Sequence[str]) -> Pa
         curve = _chosen(panel, which)
         assert curve is not None
         turn, colour = divmod(names.index(run), ONE_LINE_EACH)
-        chosen.append(replace(curve, label=_label(run), colour=colour, dashed=bool(turn), faint=False))
+        chosen.append(replace(curve, label=run, colour=colour, dashed=bool(turn), faint=False))
     panel = next(iter(of_runs.values()))
     title = panel.title
     if which < 0:
@@ -205,26 +214,35 @@ def _panels(rows: Sequence[Metrics]) -> Iterator[Panel]:
     return panels(steps, [row for row in rows if row.get("kind") == "epoch"])
 
 
-def _label(run: str) -> str:
-    return run if len(run) <= 28 else f"{run[:13]}…{run[-14:]}"
+def _key(texts: Sequence[str]) -> Tile:
+    """Return a tile that says whose line is which, once for all panels of a picture."""
+
+    def draw(figure: Any) -> None:
+        axis = without_axes(axes_at(figure, 0, 0, 1, 1))
+        axis.set(xlim=(0, KEY_WIDTH), ylim=(len(texts) - 0.5, -0.5))
+        for place, text in enumerate(texts):
+            turn, colour = divmod(place, ONE_LINE_EACH)
+            axis.plot([0.1, 0.5], [place] * 2, "--" if turn else "-", color=curves.COLOURS[colour], linewidth=1.6)
+            axis.text(0.6, place, plain(clipped(text, KEY_LETTERS)), size=8.5, va="center")
+
+    return Tile("", draw, size=(KEY_WIDTH, KEY_LINE * len(texts)))
 
 
 def _drawer(panel: Panel) -> Callable[[Any], None]:
     def draw(figure: Any) -> None:
         title = textwrap.fill(panel.title, TITLE_LETTERS)
         figure.text(0.02, 0.985, plain(title), size=9, weight="bold", va="top")
-        num_lines = len(title.splitlines()) + math.ceil(len(panel.curves) / 2)
-        curves.draw_panel(_Placed(figure, num_lines), panel)  # type: ignore[arg-type]
+        curves.draw_panel(_Placed(figure, len(title.splitlines())), panel)  # type: ignore[arg-type]
 
     return draw
 
 
 class _Placed:
-    """A figure for `curves.draw_panel` whose axis and legend have their places."""
+    """A figure for `curves.draw_panel` whose axis has its place."""
 
     def __init__(self, figure: Any, num_lines: int):
         self._figure = figure
-        self._top = 0.97 - LINE * num_lines  # of the axis, below title and legend
+        self._top = 0.97 - LINE * num_lines  # of the axis, below its title
 
     def add_subplot(self) -> Any:
         """Return the one axis."""
@@ -234,10 +252,6 @@ class _Placed:
     def axes(self) -> list[Any]:
         """All axes so far."""
         return self._figure.axes
-
-    def legend(self, handles: list[Any], loc: str, ncols: int) -> None:
-        """Put the legend above the axis."""
-        self._figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.07, self._top - 0.02), ncols=ncols)
 
 
 def _line(name: str, run: Run) -> tuple[str, str, str, str, str]:
