@@ -57,6 +57,11 @@ def test_table2_is_each_encoder_with_each_pair_of_head_and_features(encoders):
     assert all(cell.pretrain == {} and cell.embed == {"patches": True} for cell in cells)
 
 
+def test_epochs_of_given_encoders_have_no_effect(crops, tmp_path, encoders, capsys):  # noqa: F811
+    prepare(crops, tmp_path / "out", named=["table2"], model=list(encoders), task=["bmi"], epochs=3)
+    assert "--epochs has no effect: nothing is trained" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("named", ["table2", "table3"])
 def test_without_encoders_they_are_asked_for(named):
     with pytest.raises(UsageError, match=f"{named} compares given encoders; name them, such as --model"):

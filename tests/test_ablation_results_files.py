@@ -278,7 +278,16 @@ def test_a_bar_in_a_name_does_not_end_its_place():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(None, "-"), (3.21, "3.2 s"), (42, "42 s"), (750, "12 min"), (12240, "3.4 h")]
+    ("seconds", "shown"),
+    [
+        (None, "-"),
+        (0.0, "0.0 s"),
+        (0.03, "under 0.1 s"),
+        (3.21, "3.2 s"),
+        (42, "42 s"),
+        (750, "12 min"),
+        (12240, "3.4 h"),
+    ],
 )
 def test_durations_read_as_people_say_them(seconds, shown):
     assert tables.duration(seconds) == shown

@@ -31,6 +31,7 @@ from mefem_cli.stores.features import FeatureStore
 from mefem_cli.stores.product import ProductOptions
 
 ABLATIONS = Path("ablations")
+MOST_LETTERS = 120  # of a command line in an error
 RESULTS, PROVENANCE, CELLS = "results.csv", "provenance.json", "cells"
 
 
@@ -137,6 +138,8 @@ class Job:
         for cell in cells:
             Given(cell.pretrain).build("engine.plan", "TrainOptions")  # raises for values out of range
             Given(cell.embed).build("engine.device", "DeviceOptions")
+        if options.epochs and all(cell.model for cell in cells):
+            console.warn("--epochs has no effect: nothing is trained")
         for name in grids.without_effect(grid, cells):
             console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
         crops = _open_crops(options.crops, product.limit)
@@ -210,8 +213,9 @@ class Job:
             return ""
         if there <= _scores(map(self._strand_record, self.strands)):
             return ""
+        command = command if len(command) <= MOST_LETTERS else f"{command[:MOST_LETTERS]} ..."
         return (
-            f"{self.out}: holds the tables of {what} ({command:.120}); name a folder for this one, "
+            f"{self.out}: holds the tables of {what} ({command}); name a folder for this one, "
             f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
         )
 

@@ -244,7 +244,8 @@ def _told_time(plan: dict[str, Any]) -> str:
     if not seconds and is_whole:
         states = {state for cell in plan["cells"] for state in cell["states"]}
         return "all is finished" if states == {"finished"} else "only probing is left"
-    took = f"about {duration(seconds)}" if is_whole else f"over {duration(seconds)}, as not all can be told"
+    about = "" if duration(seconds).startswith("under") else "about "
+    took = f"{about}{duration(seconds)}" if is_whole else f"over {duration(seconds)}, as not all can be told"
     return (
         f"time: {took} of training and embedding, by steps timed here; start and reports take some seconds an encoder, "
         "and probing comes on top"

@@ -224,9 +224,11 @@ def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as people say them: `42 s`, `12 min`, `3.4 h`."""
+    """Return seconds as people say them: `42 s`, `12 min`, `3.4 h`; a dash for None."""
     if seconds is None:
         return NOTHING
+    if 0 < seconds < 0.05:
+        return "under 0.1 s"
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
