@@ -122,7 +122,7 @@ def _reads(cell: Cell, columns: Assignment) -> bool:
     """Whether a cell has a line with this head or these features, or both."""
     if cell.model and not cell.probe.get("features"):  # which features it has is known when it is read
         columns = {name: value for name, value in columns.items() if name != "features"}
-    pairs = steps.reads(cell.probe, bool(cell.model) or steps.has_cls(cell.pretrain))
+    pairs = steps.reads(cell.probe, bool(cell.model) or steps.trains_cls(cell.pretrain))
     return any(columns.items() <= {"head": head, "features": features}.items() for head, features in pairs)
 
 

@@ -233,7 +233,7 @@ def _is_training(grid: Grid) -> bool:
 def _cell(told_apart_by: Iterable[str], assignment: Assignment, model: str) -> Cell:
     given = steps.split(assignment, model)
     features = given["probe"].get("features") or ""
-    if "cls" in features and not model and not steps.has_cls(given["pretrain"]):
+    if "cls" in features and not model and not steps.trains_cls(given["pretrain"]):
         raise UsageError(
             f"--features {features}: encoders with cls_prob=none have no CLS token to read; type mean, or "
             "give them rows of their own in a grid file"

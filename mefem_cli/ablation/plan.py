@@ -12,7 +12,7 @@ from mefem_cli import console
 from mefem_cli.ablation import steps
 from mefem_cli.ablation.grid import Cell
 from mefem_cli.ablation.runner import Strand
-from mefem_cli.ablation.tables import duration
+from mefem_cli.ablation.tables import about, duration
 from mefem_cli.engine.plan import make_plan
 from mefem_cli.errors import MefemError, UsageError
 from mefem_cli.executors.local import cores
@@ -126,7 +126,7 @@ def _size(cell: Cell) -> str:
         return cell.model
     options = steps.settled("pretrain", cell.pretrain)
     kept = {name: value for name, value in options.items() if name not in WITHOUT_TIME}
-    return steps.key({**kept, "cls_prob": steps.has_cls(cell.pretrain)})
+    return steps.key({**kept, "cls_prob": steps.trains_cls(cell.pretrain)})
 
 
 def _of_strand(strand: Strand, cost: Cost | None, num_crops: int) -> float | None:
@@ -244,8 +244,7 @@ def _told_time(plan: dict[str, Any]) -> str:
     if not seconds and is_whole:
         states = {state for cell in plan["cells"] for state in cell["states"]}
         return "all is finished" if states == {"finished"} else "only probing is left"
-    about = "" if duration(seconds).startswith("under") else "about "
-    took = f"{about}{duration(seconds)}" if is_whole else f"over {duration(seconds)}, as not all can be told"
+    took = about(seconds) if is_whole else f"over {duration(seconds)}, as not all can be told"
     return (
         f"time: {took} of training and embedding, by steps timed here; start and reports take some seconds an encoder, "
         "and probing comes on top"

@@ -157,8 +157,8 @@ def _marks(lines: Sequence[Line], task: str, differences: Differences) -> dict[i
     """
     marks: dict[int, dict[str, str]] = {}
     most = max((len(line.seeds) for line in lines), default=0)
+    whole = {place: line for place, line in enumerate(lines) if len(line.seeds) == most}
     for metric in [name for names in SHOWN.values() for name in names]:
-        whole = {place: line for place, line in enumerate(lines) if len(line.seeds) == most}
         values = {place: line.metrics[metric].value for place, line in whole.items() if metric in line.metrics}
         values = {place: value for place, value in values.items() if math.isfinite(value)}
         sign = -1 if metric in LOWER_IS_BETTER else 1

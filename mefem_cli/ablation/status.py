@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mefem_cli import console
 from mefem_cli.ablation import timing
 from mefem_cli.ablation.runner import FAILURES, NOW
-from mefem_cli.ablation.tables import duration
+from mefem_cli.ablation.tables import about, duration
 from mefem_cli.errors import NoInputError
 from mefem_cli.executors.locks import is_claimed
 
@@ -165,10 +165,8 @@ def show(out: Path) -> None:
         console.table(to_table(status))
         print(summary(status))
         return
-    with (
-        suppress(KeyboardInterrupt),
-        Live(console=terminal, screen=False, auto_refresh=False) as live,
-    ):  # the grid goes on
+    live = Live(console=terminal, screen=False, auto_refresh=False)
+    with suppress(KeyboardInterrupt), live:  # Ctrl-C ends the view, not the grid
         while status.is_running:
             live.update(_fitting(status, terminal), refresh=True)
             time.sleep(REFRESH_SECONDS)
@@ -219,7 +217,7 @@ def summary(status: Status) -> str:
     is_open = any(cell.state not in (FINISHED, FAILED) for cell in status.cells)
     if not status.is_running:
         return shown + ("; nobody is at work: run the same command without --status to go on" if is_open else "")
-    return shown + (f"; about {duration(status.left)} left" if status.left is not None and is_open else "")
+    return shown + (f"; {about(status.left)} left" if status.left is not None and is_open else "")
 
 
 def _fitting(status: Status, terminal: Console) -> Any:

@@ -152,7 +152,7 @@ def reads(probe: Assignment, has_cls: bool = True) -> list[tuple[str, str]]:
     return [(head, probe.get("features") or default) for head, default in defaults.items()]
 
 
-def has_cls(pretrain: Assignment) -> bool:
+def trains_cls(pretrain: Assignment) -> bool:
     """Return whether these options train a CLS token."""
     return settled("pretrain", pretrain).get("cls_prob", 0) is not None
 

@@ -139,7 +139,6 @@ def to_terminal(table: Table) -> rich.table.Table:
         shown.add_column(r"- reference \[95 %]", justify="right", no_wrap=True)
         shown.add_column("")
     skipped = num_text_columns(table)
-    most = table.num_seeds if table.num_seeds > 1 else 0
     for group in table.groups:
         if group.heading:
             shown.add_row(Text(group.heading, "bold"))
@@ -148,8 +147,10 @@ def to_terminal(table: Table) -> rich.table.Table:
             shown_numbers = numbers[: 1 + 2 * table.is_compared]
             styles = ["bold" if one.mark == BEST else "" for one in shown_numbers]
             texts = [" ".join(filter(None, (one.text, one.interval))) for one in shown_numbers]
-            count = f" [{len(entry.line.seeds)} of {table.num_seeds} seeds]" if len(entry.line.seeds) < most else ""
-            shown.add_row(Text(reading.label(entry, group, table) + count), *map(Text, texts, styles))
+            num_seeds, name = len(entry.line.seeds), reading.label(entry, group, table)
+            if table.lacks_seeds and num_seeds < table.num_seeds:
+                name += f" [{num_seeds} of {table.num_seeds} seeds]"
+            shown.add_row(Text(name), *map(Text, texts, styles))
     return shown
 
 
@@ -232,6 +233,12 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def about(seconds: float) -> str:
+    """Return an estimate as people say it: `about 12 min`, `under 0.1 s`."""
+    told = duration(seconds)
+    return told if told.startswith("under") else f"about {told}"
 
 
 def _count(value: float | None) -> str:

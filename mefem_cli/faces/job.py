@@ -21,14 +21,14 @@ from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.faces import images, labels, manifest, packing
 from mefem_cli.faces.crop import CropOptions, Cropper
 from mefem_cli.faces.inputs import STDIN, Wanted, list_sources
-from mefem_cli.faces.journal import Journal, Known, known_sources
+from mefem_cli.faces.journal import FOLDER, Journal, Known, known_sources
 from mefem_cli.faces.listing import Listing
 from mefem_cli.faces.rows import Row, failed_row
 from mefem_cli.faces.source import Source, printable
 from mefem_cli.faces.tables import BoxTable
 from mefem_cli.faces.workers import Died, available_cores, run_chunks
 from mefem_cli.stores import product
-from mefem_cli.stores.crops import CONTACT, JOURNAL, MANIFEST, OK, PROVENANCE, REJECTED, text_to_path
+from mefem_cli.stores.crops import CONTACT, MANIFEST, OK, PROVENANCE, REJECTED, text_to_path
 from mefem_cli.stores.product import ProductOptions
 
 DEFAULT_OUT = "crops"
@@ -140,7 +140,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         if out.is_symlink():
             raise OutputError(f"{out} is a broken symbolic link; remove it or name another --out")
         return
-    is_crops = out.is_dir() and any((out / name).exists() for name in (MANIFEST, PROVENANCE, JOURNAL))
+    is_crops = out.is_dir() and any((out / name).exists() for name in (MANIFEST, PROVENANCE, FOLDER))
     if not is_crops and not (out.is_dir() and not any(out.iterdir())):
         refused = "and --overwrite replaces nothing else" if overwrite else "and is in the way"
         raise OutputError(f"{out} is no crops folder {refused}; name another --out")

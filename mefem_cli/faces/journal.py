@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 from mefem_cli.errors import OutputError
 from mefem_cli.faces.rows import CONTENT, JOURNAL_SCHEMA, Row
 from mefem_cli.stores import product
-from mefem_cli.stores.crops import JOURNAL, REJECTED
+from mefem_cli.stores.crops import REJECTED
 
+FOLDER = ".parts"
 LOCK = "lock"
 ROWS, CROPS = ".arrows", ".crops"
 BATCHES_AT_ONCE = 128  # joined while reading: a batch has some 30 rows, and 20 KB beside them
@@ -34,7 +35,7 @@ class Journal:
     """The journal of one crops folder."""
 
     def __init__(self, out: Path):
-        self.folder = out / JOURNAL
+        self.folder = out / FOLDER
         self._writer: pa.RecordBatchStreamWriter | None = None
         self._sink: pa.NativeFile | None = None
         self._crops: IO[bytes] | None = None
@@ -100,7 +101,7 @@ class Journal:
             self._crops = (self.folder / f"{self._number:05d}{CROPS}").open("wb")
         offset = self._crops.tell()
         self._crops.write(content)
-        return f"{JOURNAL}/{self._number:05d}{CROPS}", offset
+        return f"{FOLDER}/{self._number:05d}{CROPS}", offset
 
     def close(self) -> None:
         """End this run's stream."""
@@ -132,7 +133,7 @@ class Journal:
         """Remove what killed runs left behind, and kept crops that none of the `rows` needs."""
         needed = set(pc.unique(rows["path"]).to_pylist()) if any(self.folder.glob(f"*{CROPS}")) else set()
         for path in self.folder.glob(f"*{CROPS}"):
-            if f"{JOURNAL}/{path.name}" not in needed:
+            if f"{FOLDER}/{path.name}" not in needed:
                 path.unlink()
         for leftover in [*self.folder.glob("*.tmp"), *self.folder.glob(".*.tmp"), *self.folder.parent.glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mefem_cli.faces.journal import FOLDER
 from mefem_cli.faces.source import hash63
-from mefem_cli.stores.crops import JOURNAL, KEYPOINTS, LABEL, SHARDS, read_crop
+from mefem_cli.stores.crops import KEYPOINTS, LABEL, SHARDS, read_crop
 from mefem_cli.stores.shard_writer import ShardWriter
 
 BYTES_PER_SHARD = 1 << 30
@@ -97,7 +98,7 @@ def sweep(out: Path, rows: pa.Table, before: set[tuple[str, int | None]]) -> Non
     """Remove crops of sources that were read again and have fewer faces now, and shards that hold none."""
     now = set(rows["path"].to_pylist())
     for path in {path for path, _ in before} - now:
-        if not path.startswith(JOURNAL):
+        if not path.startswith(FOLDER):
             (out / path).unlink(missing_ok=True)
     for shard in (out / SHARDS).glob("*.tar"):
         if f"{SHARDS}/{shard.name}" not in now:

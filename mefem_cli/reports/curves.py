@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,9 +75,9 @@ class Panel:
         return not any(map(is_drawn, [*self.curves, *self.right]))
 
 
-def is_drawn(curve: Curve | None) -> bool:
+def is_drawn(curve: Curve) -> bool:
     """Return whether a curve has anything to draw."""
-    return curve is not None and any(map(_is_number, curve.y))
+    return any(map(_is_number, curve.y))
 
 
 def draw(panel: Panel) -> str:
@@ -116,10 +117,7 @@ def _num_columns(labels: Sequence[str]) -> int:
 
 def _num_letters(labels: Sequence[str], count: int) -> int:
     """Return how wide a legend of so many columns is; they are filled one after the other, the first ones fuller."""
-    least, num_fuller = divmod(len(labels), count)
-    ends = list(itertools.accumulate(least + (column < num_fuller) for column in range(count)))
-    columns = [labels[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-    return sum(max(map(len, column)) + LEGEND_HANDLE for column in columns)
+    return sum(max(map(len, column)) + LEGEND_HANDLE for column in np.array_split(labels, count))
 
 
 @contextmanager
@@ -150,14 +148,13 @@ def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE
 
 
 def _use_log_scale(axis: Any) -> None:
-    """Use a logarithmic scale with plain numbers, some between the powers of ten where there are few of these."""
+    """Use a logarithmic scale with some numbers between the powers of ten where there are few of these."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_yscale("log", nonpositive="mask")
     low, high = axis.get_ylim()
     between = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if high / low < 10 else (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
     axis.yaxis.set_major_locator(LogLocator(subs=between))
-    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -130,15 +130,14 @@ def _sheet(found: Sequence[Run]) -> Sheet:
     if not compared:
         raise NoInputError(f"{', '.join(str(run.path) for run in found)}: nothing is measured yet")
     lines = list(map(_line, names, found))
-    key = _key([f"{name}: {verdict}" for name, _, _, verdict, _ in lines])
+    key, size = _key([f"{name}: {verdict}" for name, _, _, verdict, _ in lines]), (KEY_WIDTH, KEY_LINE * len(lines))
     unnamed = [replace(panel, curves=[replace(one, label="") for one in panel.curves]) for panel in compared]
-    tiles = [key, *(Tile("", _drawer(panel), size=PANEL) for panel in unnamed)]
+    tiles = [Tile("", key, size=size), *(Tile("", _drawer(panel), size=PANEL) for panel in unnamed)]
     figures = "".join(
         f"<figure><h3>{escape(panel.title)}</h3>{curves.draw(panel)}<figcaption>{escape(panel.reading)}</figcaption></figure>"
         for panel in unnamed
     )
-    assert key.draw is not None
-    shown_key = f'<div class="runs">{curves.svg_element(key.draw, key.size)}</div>'
+    shown_key = f'<div class="runs">{curves.svg_element(key, size)}</div>'
     rows = [Row("", tiles, page=f'{health.STYLE}{STYLE}{shown_key}<div class="panels">{figures}</div>')]
     body = [html.table(("run", "state", "epoch", "verdict", "measured"), lines)]
     changed = _differences(names, found)
@@ -180,26 +179,24 @@ def compare(metrics: dict[str, list[Metrics]]) -> list[Panel]:
         of_runs = {
             run: panels_of[name]
             for run, panels_of in by_run.items()
-            if name in panels_of and curves.is_drawn(_chosen(panels_of[name], which))
+            if name in panels_of and panels_of[name].curves and curves.is_drawn(_chosen(panels_of[name], which))
         }
         if of_runs:
             found.append(_compared(of_runs, which, list(by_run)))
     return found
 
 
-def _chosen(panel: Panel, which: int) -> Curve | None:
-    """Return the curve of a panel that is compared; None where it has none."""
-    return panel.curves[min(which, len(panel.curves) - 1)] if panel.curves else None
+def _chosen(panel: Panel, which: int) -> Curve:
+    """Return the curve of a panel that is compared: that of the number `which`, or the last of fewer."""
+    return panel.curves[min(which, len(panel.curves) - 1)]
 
 
 def _compared(of_runs: dict[str, Panel], which: int, names: Sequence[str]) -> Panel:
     """Return one panel with the curve of the number `which` of each run, in the run's colour."""
     chosen = []
     for run, panel in of_runs.items():
-        curve = _chosen(panel, which)
-        assert curve is not None
         turn, colour = divmod(names.index(run), ONE_LINE_EACH)
-        chosen.append(replace(curve, label=run, colour=colour, dashed=bool(turn), faint=False))
+        chosen.append(replace(_chosen(panel, which), label=run, colour=colour, dashed=bool(turn), faint=False))
     panel = next(iter(of_runs.values()))
     title = panel.title
     if which < 0:
@@ -214,8 +211,8 @@ def _panels(rows: Sequence[Metrics]) -> Iterator[Panel]:
     return panels(steps, [row for row in rows if row.get("kind") == "epoch"])
 
 
-def _key(texts: Sequence[str]) -> Tile:
-    """Return a tile that says whose line is which, once for all panels of a picture."""
+def _key(texts: Sequence[str]) -> Callable[[Any], None]:
+    """Draw whose line is which, once for all panels."""
 
     def draw(figure: Any) -> None:
         axis = without_axes(axes_at(figure, 0, 0, 1, 1))
@@ -225,7 +222,7 @@ def _key(texts: Sequence[str]) -> Tile:
             axis.plot([0.1, 0.5], [place] * 2, "--" if turn else "-", color=curves.COLOURS[colour], linewidth=1.6)
             axis.text(0.6, place, plain(clipped(text, KEY_LETTERS)), size=8.5, va="center")
 
-    return Tile("", draw, size=(KEY_WIDTH, KEY_LINE * len(texts)))
+    return draw
 
 
 def _drawer(panel: Panel) -> Callable[[Any], None]:

@@ -25,7 +25,6 @@ from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.stores import product, shards
 
 MANIFEST, REJECTS, CONTACT, PROVENANCE = "manifest.parquet", "rejects.csv", "contact.html", "provenance.json"
-JOURNAL = ".parts"  # there while a run is not finished: see faces/journal.py
 IMAGES, SHARDS = "images", "shards"
 FORMAT, VERSION = "mefem-crops", 1
 HEADER_KEY = b"mefem"  # the parquet metadata entry that holds format and version
