@@ -32,7 +32,8 @@ SLEEPS = """
 import os, signal, sys, time
 folder = sys.argv[1]
 signal.signal(signal.SIGTERM, lambda *_: (open(f"{folder}/stopped", "w").close(), sys.exit(75)))
-open(f"{folder}/pid", "w").write(str(os.getpid()))
+with open(f"{folder}/pid", "w") as file:  # not left to the finaliser, which would swallow the handler's SystemExit
+    file.write(str(os.getpid()))
 print("some note", file=sys.stderr)
 time.sleep(60)
 """
