@@ -30,7 +30,7 @@ from mefem_cli.evaluation.options import ProbeOptions
 from mefem_cli.evaluation.score import Score
 from mefem_cli.parts import Given
 from mefem_cli.stores import product
-from mefem_cli.stores.features import FeatureStore
+from mefem_cli.stores.joining import Faces
 
 PREDICTIONS, KEPT = "predictions.parquet", "differences.json"
 SIDES = ("value", "low", "high")
@@ -151,7 +151,7 @@ def reference_of(line: Line, lines: Sequence[Line], references: Sequence[Referen
 class Differences:
     """Compares lines of the tables, each pair once."""
 
-    def __init__(self, cells_folder: Path, strands: Sequence[Strand], faces: FeatureStore):
+    def __init__(self, cells_folder: Path, strands: Sequence[Strand], faces: Faces):
         """`faces` has the ids, labels and columns of the crops: who is who does not stand with the predictions."""
         self._faces, self._strands = faces, strands
         self._file = cells_folder / KEPT

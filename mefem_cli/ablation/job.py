@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from mefem_cli import console, parts
+from mefem_cli import console
 from mefem_cli.ablation import differences, grid_file, models, results, steps, summary, tables
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
-from mefem_cli.ablation.runner import Outcome, Strand, run_strand
-from mefem_cli.errors import MefemError, NoInputError, OutputError, UsageError
-from mefem_cli.evaluation import problem
+from mefem_cli.ablation.runner import CELLS, Outcome, Strand, run_strand
+from mefem_cli.ablation.tasks import LabelledFaces, usable_tasks
+from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.executors import Lost
 from mefem_cli.executors.choice import open_executor
 from mefem_cli.executors.local import visible_gpus
 from mefem_cli.executors.locks import LOCK, RETRY_SECONDS
 from mefem_cli.executors.options import OnOptions
 from mefem_cli.parts import Given
+from mefem_cli.stores import ablations
 from mefem_cli.stores import product as products
+from mefem_cli.stores.ablations import PROVENANCE
 from mefem_cli.stores.crops import Crops
-from mefem_cli.stores.features import FeatureStore
 from mefem_cli.stores.product import ProductOptions
 
 ABLATIONS = Path("ablations")
 MOST_LETTERS = 120  # of a command line in an error
-RESULTS, PROVENANCE, CELLS = "results.csv", "provenance.json", "cells"
+RESULTS = "results.csv"
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Job:
             console.warn(f"--{name.replace('_', '-')} has no effect in any cell")
         crops = _open_crops(options.crops, product.limit)
         may_drop = bool(named) and named[0] in grid_file.presets() and not options.task
-        grid = replace(grid, tasks=_usable_tasks(crops, grid, cells, product.seed, may_drop))
+        grid = replace(grid, tasks=usable_tasks(LabelledFaces(crops), grid.tasks, cells, product.seed, may_drop))
         out = folder_of(grid, product.out)
         strands = _strands(cells, crops, grid, product.seed, out)
         gpus = visible_gpus(grid.forced.get("device", "auto")) if where.is_local else []
@@ -181,7 +179,7 @@ class Job:
             finished_first = sorted(self.strands, key=lambda strand: not strand.is_finished)
             executor.run(run_strand, finished_first, take)
             ordered = self._ordered(outcomes)
-            faces = cast(FeatureStore, _LabelledFaces(self.crops))
+            faces = LabelledFaces(self.crops)
             found = summary.write(self.out, self.grid, self.cells, self.strands, ordered, faces, self._notes())
         failures = [outcome for outcome in ordered if outcome.failure]
         if not any(outcome.scores for outcome in ordered):
@@ -206,14 +204,13 @@ class Job:
         if self.product.out or not (self.out / RESULTS).is_file():
             return ""
         try:
-            record = json.loads((self.out / PROVENANCE).read_text(encoding="utf-8"))
-            there, command = _scores(record["strands"]), " ".join(record["command"])
-            what = "another grid" if record["inputs"] == self.crops.inputs() else "other crops"
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: there is nothing to tell them by
+            there = ablations.read(self.out)
+        except NoInputError:  # damaged: there is nothing to tell them by
             return ""
-        if there <= _scores(map(self._strand_record, self.strands)):
+        if ablations.scores_of(there.strands) <= ablations.scores_of(strand.record for strand in self.strands):
             return ""
-        command = command if len(command) <= MOST_LETTERS else f"{command[:MOST_LETTERS]} ..."
+        what = "another grid" if there.inputs == self.crops.inputs() else "other crops"
+        command = there.command if len(there.command) <= MOST_LETTERS else f"{there.command[:MOST_LETTERS]} ..."
         return (
             f"{self.out}: holds the tables of {what} ({command}); name a folder for this one, "
             f"such as -o {self.out}-2, or type -o {self.out} to replace them: what both train is trained once there"
@@ -243,28 +240,12 @@ class Job:
             {
                 "cell": cell.name,
                 **{step: getattr(cell, step) for step in steps.STEPS},
-                "folders": [str(Path(CELLS) / strand.folder.name) for strand in self.strands if cell in strand.cells],
+                "folders": [strand.record.folder for strand in self.strands if cell in strand.cells],
             }
             for cell in self.cells
         ]
-        strands = [self._strand_record(strand) for strand in self.strands]  # what --status reads
+        strands = [asdict(strand.record) for strand in self.strands]
         products.write_json(self.out / PROVENANCE, {**record, "cells": cells, "strands": strands})
-
-    def _strand_record(self, strand: Strand) -> dict[str, Any]:
-        return {
-            "folder": str(Path(CELLS) / strand.folder.name),
-            "seed": strand.seed,
-            "epochs": 0 if strand.model else steps.settled("pretrain", strand.cells[0].pretrain)["epochs"],
-            "cells": [
-                {
-                    "cell": cell.name,
-                    "reads": cell.reads,
-                    "store": strand.store(cell).name,
-                    "scores": [strand.scores(cell, task).name for task in strand.tasks],
-                }
-                for cell in strand.cells
-            ],
-        }
 
     def _notes(self) -> list[str]:
         fixed = {**self.grid.fixed, **self.grid.forced}
@@ -299,60 +280,6 @@ def _open_crops(named: list[str], limit: int | None) -> Crops:
         raise NoInputError("crops/: no such folder; make it with mefem crop, or name one with --crops")
     crops = Crops.open(*folders)
     return crops if limit is None else crops.select(range(min(limit, len(crops))))
-
-
-def _scores(strands: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
-    """Return the folders of scores that a grid's tables are made of, by the records of its strands."""
-    return {(one["folder"], scores) for one in strands for cell in one["cells"] for scores in cell["scores"]}
-
-
-class _LabelledFaces:
-    """Crops as the probing protocol sees a store before it reads features: labels, and who is who."""
-
-    def __init__(self, crops: Crops):
-        self.ids = np.array(crops.ids, dtype=object)
-        self.labels, self.meta = crops.labels, crops.columns
-        self.path = crops.folders[0]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def _usable_tasks(crops: Crops, grid: Grid, cells: list[Cell], seed: int, may_drop: bool) -> tuple[str, ...]:
-    """Make the targets and folds of every task once, so that hours of training do not end at a missing label.
-
-    Returns the grid's tasks; where `may_drop`, without those that the crops have no label for, if one is left.
-    """
-    faces = cast(FeatureStore, _LabelledFaces(crops))
-    names = {option.name for option in parts.read_fields("evaluation.options", "ProbeOptions")} - {"head", "features"}
-    distinct = {
-        steps.key(chosen): chosen for cell in cells for chosen in [{n: v for n, v in cell.probe.items() if n in names}]
-    }
-    lacking: dict[str, NoInputError] = {}
-    for chosen in distinct.values():
-        options = Given(chosen).build("evaluation.options", "ProbeOptions")
-        for task in grid.tasks:
-            try:
-                asked = problem.ask(faces, task, options.kind)
-            except NoInputError as error:
-                lacking[task] = error
-                continue
-            for target in asked.targets:
-                _make_problem(faces, asked, target, options, seed)
-    if lacking and (not may_drop or len(lacking) == len(grid.tasks)):
-        raise next(iter(lacking.values()))
-    for reason in lacking.values():
-        console.warn(f"left out: {reason}")
-    return tuple(task for task in grid.tasks if task not in lacking)
-
-
-def _make_problem(faces: FeatureStore, asked: Any, target: Any, options: Any, seed: int) -> None:
-    """Make a problem; an error that advises an option of mefem probe says how a grid is given it."""
-    try:
-        problem.make_problem(faces, asked, target, options, seed)
-    except MefemError as error:
-        hint = "; in a grid options of mefem probe are typed as --set folds=2" if "type --" in str(error) else ""
-        raise type(error)(f"{error}{hint}") from error
 
 
 def _strands(cells: list[Cell], crops: Crops, grid: Grid, seed: int, out: Path) -> list[Strand]:

@@ -35,8 +35,9 @@ from mefem_cli.errors import MefemError, OutputError
 from mefem_cli.executors import Launch
 from mefem_cli.executors.locks import claimed
 from mefem_cli.stores import product
+from mefem_cli.stores.ablations import CellRecord, StrandRecord
 
-NOW, FAILURES = "now.json", "failures.json"
+CELLS, NOW, FAILURES = "cells", "now.json", "failures.json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,18 @@ class Strand:
         if self.is_trained:
             return "trained"
         return "begun" if self.run.exists() else "new"
+
+    @property
+    def record(self) -> StrandRecord:
+        """What the ablation's provenance.json says of it."""
+        epochs = 0 if self.model else steps.settled("pretrain", self.cells[0].pretrain)["epochs"]
+        cells = [
+            CellRecord(
+                cell.name, cell.reads, self.store(cell).name, [self.scores(cell, one).name for one in self.tasks]
+            )
+            for cell in self.cells
+        ]
+        return StrandRecord(f"{CELLS}/{self.folder.name}", self.seed, epochs, cells)
 
 
 class StepFailed(Exception):

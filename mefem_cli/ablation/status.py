@@ -24,6 +24,8 @@ from mefem_cli.ablation.runner import FAILURES, NOW
 from mefem_cli.ablation.tables import about, duration
 from mefem_cli.errors import NoInputError
 from mefem_cli.executors.locks import is_claimed
+from mefem_cli.stores import ablations
+from mefem_cli.stores.ablations import StrandRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,36 +67,35 @@ class Status:
 def read(out: Path) -> Status:
     """Read the folder of an ablation. Raises NoInputError where none was begun."""
     try:
-        record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
-        strands, command = record["strands"], " ".join(record["command"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        there = ablations.read(out)
+    except NoInputError as error:
         raise NoInputError(
             f"{out}: no ablation was begun there; start it without --status, or name it with -o"
         ) from error
-    found = [(one, list(_strand_cells(out, one))) for one in strands]
+    found = [(one, list(_strand_cells(out, one))) for one in there.strands]
     cells = [cell for _, several in found for cell in several]
-    return Status(cells, is_claimed(out), _seconds_left(out, found), command)
+    return Status(cells, is_claimed(out), _seconds_left(out, found), there.command)
 
 
-def _strand_cells(out: Path, strand: dict[str, Any]) -> Iterator[CellStatus]:
-    """Yield the status of each cell of a strand, as `Job` records it."""
-    folder = out / strand["folder"]
+def _strand_cells(out: Path, strand: StrandRecord) -> Iterator[CellStatus]:
+    """Yield the status of each cell of a strand, as it is on record."""
+    folder = out / strand.folder
     failures = _read_json(folder / FAILURES)
     now = _read_json(folder / NOW) if is_claimed(folder) else {}
     step, makes = AT_WORK.get(now.get("step", ""), ""), now.get("makes")
     since = max(0.0, time.time() - now["since"]) if isinstance(now.get("since"), float) else None
     done, total, speed = _training(folder / "run")
-    for cell in strand["cells"]:
-        own, scores = (cell["cell"], cell.get("reads", ""), strand["seed"]), cell["scores"]
+    for cell in strand.cells:
+        own, scores = (cell.cell, cell.reads, strand.seed), cell.scores
         if all((folder / one / "scores.json").is_file() for one in scores):
             yield CellStatus(*own, FINISHED)
         elif step == AT_WORK["pretrain"]:
             left = (total - done) / speed if speed and total else None
-            detail = f"epoch {done * strand['epochs'] // total}/{strand['epochs']}" if total else ""
+            detail = f"epoch {done * strand.epochs // total}/{strand.epochs}" if total else ""
             yield CellStatus(*own, step, detail, done / total if total else None, since, left)
-        elif failure := next((failures[one] for one in ("run", cell["store"], *scores) if one in failures), None):
+        elif failure := next((failures[one] for one in ("run", cell.store, *scores) if one in failures), None):
             yield CellStatus(*own, FAILED, failure)
-        elif step and makes in (Path(cell["store"]).stem, *scores):
+        elif step and makes in (Path(cell.store).stem, *scores):
             yield CellStatus(*own, step, seconds=since)
         else:
             is_stopped = not now and total and done < total
@@ -130,10 +131,10 @@ def _number(config: str, name: str) -> int:
     return int(re.findall(rf"^{name}: (\d+)$", config, re.MULTILINE)[0])
 
 
-def _seconds_left(out: Path, found: list[tuple[dict[str, Any], list[CellStatus]]]) -> float | None:
+def _seconds_left(out: Path, found: list[tuple[StrandRecord, list[CellStatus]]]) -> float | None:
     """Return how long the rest takes, judged by the strands that are finished; None before the first one is."""
     took = [
-        sum(timing.read(out / strand["folder"]).values())
+        sum(timing.read(out / strand.folder).values())
         for strand, cells in found
         if all(cell.state == FINISHED for cell in cells)
     ]

@@ -17,7 +17,7 @@ from mefem_cli.ablation.reading import Table
 from mefem_cli.ablation.runner import Outcome, Strand
 from mefem_cli.reports import ablation, ablation_figures
 from mefem_cli.stores import product
-from mefem_cli.stores.features import FeatureStore
+from mefem_cli.stores.joining import Faces
 
 SUMMARY, COSTS, MARKDOWN, LATEX, REPORT = "summary.csv", "costs.csv", "results.md", "results.tex", "report.html"
 FIGURES = "figures"
@@ -30,7 +30,7 @@ def write(
     cells: Sequence[Cell],
     strands: Sequence[Strand],
     outcomes: Sequence[Outcome],
-    faces: FeatureStore,
+    faces: Faces,
     notes: Sequence[str],
 ) -> list[Table]:
     """Write all files and return the tables, one for each task that has scores.

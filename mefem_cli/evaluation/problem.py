@@ -1,4 +1,4 @@
-"""A task on the rows of a store, before any feature is read: targets, who is who, folds, what each learns from.
+"""A task on faces, before any feature is read: targets, who is who, folds, what each learns from.
 
 They depend on labels, groups, copies and the seed only, so two encoders are compared on the same folds.
 """
@@ -9,18 +9,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mefem_cli import tasks
 from mefem_cli.console import plural
 from mefem_cli.errors import NoInputError, UsageError
 from mefem_cli.evaluation import duplicates, labels, splits
 from mefem_cli.evaluation.folds import assign_folds, strata
 from mefem_cli.evaluation.options import ProbeOptions
 from mefem_cli.evaluation.splits import Split
-from mefem_cli.stores.features import FeatureStore
-from mefem_cli.tasks import Faces
+
+if TYPE_CHECKING:
+    from mefem_cli.stores.joining import Faces
 
 INNER_FOLDS = 5
 GROUP_LABELS = ("subject", "patient")  # a label of this name says who is who
@@ -29,11 +31,11 @@ MIN_TRAIN_GROUPS = 4  # people to learn from: fewer cannot be split to choose op
 
 @dataclass(frozen=True)
 class Problem:
-    """A task on the rows of a store. Rows are in the order of their ids."""
+    """A task on faces. Rows are in the order of their ids."""
 
     task: str
     ids: np.ndarray  # (n,) str
-    rows: np.ndarray  # (n,) int: rows of the store
+    rows: np.ndarray  # (n,) int: rows of the store or the crops
     target: np.ndarray  # (n,) float64, or int64 class index
     classes: tuple[str, ...]  # empty: regression
     group: np.ndarray  # (n,) int: people (and copies of one photo), resampled together
@@ -61,7 +63,7 @@ class Problem:
 
 
 def prepare(
-    store: FeatureStore,
+    faces: Faces,
     task: str,
     options: ProbeOptions | None = None,
     seed: int = 0,
@@ -73,20 +75,20 @@ def prepare(
     UsageError where there are fewer groups, or groups of some class, than folds, or where the task has several targets.
     """
     options = options or ProbeOptions()
-    asked = ask(store, task, options.kind)
+    asked = ask(faces, task, options.kind)
     if len(asked.targets) > 1:
         raise UsageError(f"task {task} has several targets; name one, such as {asked.targets[0].task}")
-    return make_problem(store, asked, asked.targets[0], options, seed, only_ids)
+    return make_problem(faces, asked, asked.targets[0], options, seed, only_ids)
 
 
-def ask(store: FeatureStore, task: str, kind: str | None = None, task_options: Any = None) -> labels.Asked:
-    """Return the targets that a task means in a store."""
-    sources = store.meta["source"] if "source" in store.meta else np.full(len(store), "", object)
-    return labels.load_task(Faces(store.labels, sources), task, kind, task_options)
+def ask(faces: Faces, task: str, kind: str | None = None, task_options: Any = None) -> labels.Asked:
+    """Return the targets that a task means for some faces."""
+    sources = faces.meta["source"] if "source" in faces.meta else np.full(len(faces), "", object)
+    return labels.load_task(tasks.Faces(faces.labels, sources), task, kind, task_options)
 
 
 def make_problem(
-    store: FeatureStore,
+    faces: Faces,
     asked: labels.Asked,
     target: labels.Target,
     options: ProbeOptions,
@@ -94,12 +96,12 @@ def make_problem(
     only_ids: np.ndarray | None = None,
 ) -> Problem:
     """Return the problem of one of a task's targets; see `prepare`."""
-    used = np.argsort(store.ids[target.rows], kind="stable")  # row order must not matter: two stores get the same folds
+    used = np.argsort(faces.ids[target.rows], kind="stable")  # row order must not matter: two stores get the same folds
     if only_ids is not None:
-        used = used[np.isin(store.ids[target.rows[used]], only_ids)]
+        used = used[np.isin(faces.ids[target.rows[used]], only_ids)]
         if not len(used):
             raise NoInputError(f"task {target.task}: none of the faces to use has a usable label")
-    split, notes = _split(store, asked, options)
+    split, notes = _split(faces, asked, options)
     if split is not None:
         is_in = split.fold[target.rows[used]] != splits.LEFT_OUT
         if not is_in.all():
@@ -109,17 +111,17 @@ def make_problem(
     rows, values = target.rows[used], target.values[used]
     photos_of, people = None, asked.people
     if options.aggregate:
-        averaged = splits.column(store, options.aggregate, "--aggregate")
+        averaged = splits.column(faces, options.aggregate, "--aggregate")
         photos_of = _photos_of(averaged[rows])
-        if people is None and not any(known in store.labels for known in GROUP_LABELS):
+        if people is None and not any(known in faces.labels for known in GROUP_LABELS):
             people = averaged  # photos of one person must not be on both sides
-    group, about_groups = _groups(store, rows, options.group, people)
+    group, about_groups = _groups(faces, rows, options.group, people)
     if photos_of is not None:
         _refuse_several_people(options, photos_of, group)
     notes = [*asked.notes, *target.notes, *about_groups, *notes]
     problem = Problem(
         target.task,
-        store.ids[rows],
+        faces.ids[rows],
         rows,
         values,
         target.classes,
@@ -138,16 +140,16 @@ def make_problem(
     return replace(first, notes=tuple(dict.fromkeys(notes)), repeats=tuple(others))
 
 
-def _split(store: FeatureStore, asked: labels.Asked, options: ProbeOptions) -> tuple[Split | None, list[str]]:
+def _split(faces: Faces, asked: labels.Asked, options: ProbeOptions) -> tuple[Split | None, list[str]]:
     """Return who is tested on among all rows, where an option, the pair of stores or the data set says it."""
     if options.split:
-        return splits.parse(splits.column(store, options.split, "--split"), f"--split {options.split}"), []
+        return splits.parse(splits.column(faces, options.split, "--split"), f"--split {options.split}"), []
     if isinstance(options.folds, str):
-        return splits.read_folds(store, Path(options.folds)), []
+        return splits.read_folds(faces, Path(options.folds)), []
     if options.leave_out:
-        values = splits.column(store, options.leave_out, "--leave-out")
+        values = splits.column(faces, options.leave_out, "--leave-out")
         return splits.leave_out(values, options.leave_out), []
-    pair = getattr(store, "part_of_pair", None)
+    pair = getattr(faces, "part_of_pair", None)
     if pair is not None:
         return splits.parse(pair, "--test-store"), []
     if asked.split is not None:
@@ -156,21 +158,21 @@ def _split(store: FeatureStore, asked: labels.Asked, options: ProbeOptions) -> t
 
 
 def _groups(
-    store: FeatureStore, rows: np.ndarray, name: str | None, people: np.ndarray | None
+    faces: Faces, rows: np.ndarray, name: str | None, people: np.ndarray | None
 ) -> tuple[np.ndarray, list[str]]:
     """Return who is who among some rows, (n,) int: faces of one person, or of photos that are copies, are one group."""
     if name is None and people is None:
-        name = next((known for known in GROUP_LABELS if known in store.labels), None)
+        name = next((known for known in GROUP_LABELS if known in faces.labels), None)
     notes: list[str] = []
     if name is not None:
-        people = labels.find(store.labels, name)
+        people = labels.find(faces.labels, name)
     if people is None:
         notes.append("no label subject or patient: if people appear twice, name who is who with --group LABEL")
-        people = np.full(len(store), "", dtype=object)
+        people = np.full(len(faces), "", dtype=object)
     columns = {
-        column: store.meta[column][rows] for column in ("phash", *duplicates.DUPLICATE_COLUMNS) if column in store.meta
+        column: faces.meta[column][rows] for column in ("phash", *duplicates.DUPLICATE_COLUMNS) if column in faces.meta
     }
-    found = duplicates.cluster(store.ids[rows], labels.without_missing_texts(people)[rows], columns)
+    found = duplicates.cluster(faces.ids[rows], labels.without_missing_texts(people)[rows], columns)
     has_people = people.dtype.kind == "f" or (people != "").any()
     who, one_who = ("people", "person") if has_people else ("faces", "face")
     if found.num_exact:

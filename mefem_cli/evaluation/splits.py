@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.evaluation import labels
-from mefem_cli.stores.features import FeatureStore
+
+if TYPE_CHECKING:
+    from mefem_cli.stores.joining import Faces
 
 WORDS = {
     "train": ("train", "training", "trn"),
@@ -93,7 +96,7 @@ def leave_out(values: np.ndarray, name: str) -> Split:
     return Split(fold, np.zeros(len(values), bool), names)
 
 
-def read_folds(store: FeatureStore, path: Path) -> Split:
+def read_folds(faces: Faces, path: Path) -> Split:
     """Return the split in a table with a column `fold` (or `split`) and one that says whose row it is.
 
     That is `path` or `id`, else the only other column that is a label of the store, such as subject. Raises
@@ -104,15 +107,15 @@ def read_folds(store: FeatureStore, path: Path) -> Split:
 
     names = open_table(path).names
     column = next((name for name in FOLD_COLUMNS if name in names), None)
-    key = next((name for name in [*KEYS, *store.labels] if name in names and name != column), None)
+    key = next((name for name in [*KEYS, *faces.labels] if name in names and name != column), None)
     if column is None or key is None:
         wanted = "fold" if column is None else "path, id or a label of the store such as subject"
         raise UsageError(f"--folds {path}: it has no column {wanted}; it has {', '.join(names)[:200]}")
     table = joining.read_labels(path, key)
     texts = np.array([str(cell or "") for cell in _texts(table.columns, column)] + [""], dtype=object)
-    rows = joining.rows_of_faces(table, store)
+    rows = joining.rows_of_faces(table, faces)
     if (rows < 0).all():
-        raise NoInputError(f"--folds {path}: its column {key} names none of the faces of {store.path}")
+        raise NoInputError(f"--folds {path}: its column {key} names none of the faces of {faces.path}")
     return parse(texts[rows], f"--folds {path}")  # -1, the last, is empty
 
 
@@ -123,9 +126,9 @@ def _texts(columns: object, name: str) -> list[object]:
     return [cell for chunk in chunks for cell in as_texts(chunk).to_pylist()]
 
 
-def column(store: FeatureStore, name: str, flag: str) -> np.ndarray:
+def column(faces: Faces, name: str, flag: str) -> np.ndarray:
     """Return a label, or else a manifest column. Raises UsageError with the names that exist."""
-    known: Mapping[str, np.ndarray] = store.labels if name in store.labels else store.meta
+    known: Mapping[str, np.ndarray] = faces.labels if name in faces.labels else faces.meta
     if name not in known:
-        raise UsageError(f'{flag} {name}: there is no label "{name}"{did_you_mean(name, store.labels)}')
+        raise UsageError(f'{flag} {name}: there is no label "{name}"{did_you_mean(name, faces.labels)}')
     return known[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from mefem_cli.reports.curves import Curve, Panel
 from mefem_cli.reports.panels import panels
 from mefem_cli.reports.show_crops import clipped
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain, without_axes
-from mefem_cli.stores import runs
+from mefem_cli.stores import ablations, runs
 from mefem_cli.stores.product import file_sha256
 from mefem_cli.stores.runs import ENCODER_FILES, Run
 
@@ -162,12 +161,13 @@ def _cell_of(run: Path) -> str:
     """Return cell and seed of a run that `mefem ablate` made, `cells/<key>/run`; empty for any other."""
     grid = run.parents[2] if len(run.parents) > 2 else run
     try:
-        strands = json.loads((grid / "provenance.json").read_text(encoding="utf-8"))["strands"]
-        own = next(one for one in strands if grid / one["folder"] == run.parent)
-        seed = f" seed {own['seed']}" if len({one["seed"] for one in strands}) > 1 else ""
-        return str(own["cells"][0]["cell"]) + seed
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):  # no grid, or damaged
+        strands = ablations.read(grid).strands
+    except NoInputError:
         return ""
+    own = next((one for one in strands if grid / one.folder == run.parent), None)
+    if own is None or not own.cells:
+        return ""
+    return own.cells[0].cell + (f" seed {own.seed}" if len({one.seed for one in strands}) > 1 else "")
 
 
 def compare(metrics: dict[str, list[Metrics]]) -> list[Panel]:
