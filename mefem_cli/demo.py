@@ -22,7 +22,7 @@ import numpy as np
 
 from mefem_cli import console
 from mefem_cli.console import ConsoleOptions
-from mefem_cli.errors import OutputError, UsageError
+from mefem_cli.errors import Interrupted, OutputError, Stopped, UsageError
 from mefem_cli.stores import product
 from mefem_cli.stores.crops import PROVENANCE, Crops
 from mefem_cli.stores.runs import Run
@@ -357,6 +357,10 @@ def run_command(arguments: tuple[str, ...]) -> str:
     try:
         with contextlib.redirect_stdout(stdout):
             code = main.dispatch(list(arguments))
+    except Interrupted:  # its advice is for a pretraining by itself
+        code = main.INTERRUPTED
+    except Stopped as error:
+        raise Stopped("stopped by a signal; run the same command again to go on") from error
     finally:
         sys.argv = before
     if code == main.INTERRUPTED:

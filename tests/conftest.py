@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, settings
 from mefem_cli import console
 from mefem_cli.main import main
 
-# A busy machine is no failure: examples may take their time.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+# A busy machine is no failure: examples may take their time. They are the same in every run, so that what failed fails
+# again; `pytest --hypothesis-profile explore` looks for new ones.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

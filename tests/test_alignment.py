@@ -49,7 +49,7 @@ def test_the_similarity_is_umeyamas(rows):
     spread, target_spread = (np.ptp(one, axis=0).max() + 1e-9 for one in (points, targets))
     if np.linalg.norm(theirs[:, :2]) * spread > 1e-3 * target_spread:  # else there is no direction to find
         np.testing.assert_allclose(ours[:, :2], theirs[:, :2], atol=1e-6 * (1 + abs(theirs[:, :2]).max()))
-    assert np.linalg.det(ours[:, :2]) >= 0  # no reflection
+    assert ours[0, 0] * ours[1, 1] >= ours[0, 1] * ours[1, 0]  # no reflection
 
 
 def by_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:

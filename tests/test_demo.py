@@ -21,7 +21,7 @@ from PIL import Image
 
 from mefem_cli import main
 from mefem_cli.demo import PRETRAINED, RECIPE, STEP0, Demo, DemoOptions, run_command
-from mefem_cli.errors import OutputError, UsageError
+from mefem_cli.errors import Interrupted, OutputError, Stopped, UsageError
 from mefem_cli.reports import html
 from mefem_cli.reports.demo_results import NAMES, Results
 from mefem_cli.stores.crops import Crops
@@ -79,6 +79,17 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(stopped, shown):
     assert stopped.stderr.endswith("mefem demo: stopped by Ctrl-C; run the same command again to go on\n")
     assert "complete already" in shown.stderr  # the photos at least
     assert "--resume" in shown.stderr
+
+
+@pytest.mark.parametrize(("error", "raised"), [(Interrupted, KeyboardInterrupt), (Stopped, Stopped)])
+def test_a_pretraining_that_was_stopped_does_not_advise_to_go_on_by_itself(monkeypatch, error, raised):
+    def stop(words):
+        raise error("stopped with a checkpoint saved; go on with mefem pretrain --resume -o runs/one")
+
+    monkeypatch.setattr(main, "dispatch", stop)
+    with pytest.raises(raised) as found:
+        run_command(("pretrain",))
+    assert "pretrain" not in str(found.value)
 
 
 def test_stdout_is_the_table_the_outcome_its_meaning_and_the_report(shown, folder):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from mefem_cli.probes import attentive
 from mefem_cli.reports import health, show_attention, show_crops, show_runs, show_store
 from mefem_cli.showing import ShowOptions
 from mefem_cli.stores import crops as crops_folder
+from mefem_cli.stores.ablations import CellRecord, StrandRecord
 from mefem_cli.stores.features import FeatureStore, FeatureWriter
 from mefem_cli.stores.product import file_sha256
 from mefem_cli.stores.runs import Run
@@ -165,10 +167,11 @@ def test_curves_of_runs_are_their_metrics(tmp_path):
 
 def test_a_run_of_a_grid_is_named_by_its_cell(tmp_path):
     strands = [
-        {"folder": f"cells/{key}", "seed": seed, "cells": [{"cell": f"width={width}"}]}
+        StrandRecord(f"cells/{key}", seed, 1, [CellRecord(f"width={width}", "", "features.h5", [])])
         for key, width, seed in (("aa", 2, 0), ("bb", 3, 0), ("cc", 2, 1))
     ]
-    (tmp_path / "provenance.json").write_text(json.dumps({"strands": strands}))
+    record = {"command": [], "inputs": {}, "strands": [asdict(one) for one in strands]}
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
     paths = [tmp_path / "cells" / key / "run" for key in ("cc", "bb", "dd")]
     assert show_runs.names_of(paths) == ["width=2 seed 1", "width=3 seed 0", "run"]  # the last is no cell of it
     (tmp_path / "provenance.json").write_text("[1]")
