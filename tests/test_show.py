@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from synthetic import smooth_faces, write_crops
 
@@ -142,6 +144,19 @@ def test_a_long_row_goes_on_in_the_next_line():
     tiles = [Tile("", lambda figure: None, size=(3.0, 1.0))] * 7
     lines = show_sheet._lines_of(tiles)
     assert [len(line) for line in lines] == [3, 3, 1]
+
+
+def test_names_of_tiles_grow_downwards_from_below_the_picture():
+    tiles = [Tile("photos/holiday_2x4_r0c0.jpg", None, smooth_faces(1, 64)[0], (0.92, 0.92))]
+    height = tiles[0].size[1] + show_sheet._title_height(tiles)
+    figure = Figure(figsize=(4, height))
+    FigureCanvasAgg(figure)
+    show_sheet._draw_tiles(figure, tiles, 4)
+    lines = figure.findobj(Text)
+    boxes = [one.get_window_extent() for one in lines if one.get_text()]
+    assert len(boxes) == 3
+    assert [box.y0 for box in boxes] == sorted((box.y0 for box in boxes), reverse=True)
+    assert boxes[0].y1 <= figure.dpi * (height - tiles[0].size[1]) + 0.5 and boxes[-1].y0 >= 0  # dots
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ PICTURE_WIDTH = 9.8  # inches; a longer row goes on in the next line
 DPI, PAGE_DPI = 150, 96
 GAP = 0.07  # inches between tiles
 LINE, TITLE_LINE = 0.165, 0.30  # inches of a line of text, of a title with the space above it
-BASELINE = 0.105  # inches from a tile to the first line of its title
+BASELINE, NAME_LINE = 0.105, 0.13  # inches from a tile to the first line of its title, and from line to line
 LETTERS = 15.5  # of a caption to an inch
 PAPER, SOFT = "#ffffff", "#5d6472"
 STYLE = (
@@ -217,7 +217,7 @@ def _text(text: str, size: float, weight: str, colour: str, width: float) -> tup
 
 
 def _title_height(tiles: Sequence[Tile]) -> float:
-    return 0.05 + 0.13 * max(len(_wrapped(tile).splitlines()) for tile in tiles)
+    return 0.05 + NAME_LINE * max(len(_wrapped(tile).splitlines()) for tile in tiles)
 
 
 def _wrapped(tile: Tile) -> str:
@@ -255,9 +255,9 @@ def _draw_tiles(part: Any, tiles: Sequence[Tile], width: float) -> None:
             tile.draw(cells[0, 2 * place])
         else:
             photo(cells[0, 2 * place], tile.pixels)
-        if tile.title:
-            below = {"va": "baseline", "size": 7.5, "linespacing": 1.1}  # at one height, whatever its letters
-            cells[1, 2 * place].text(0.02, 1 - BASELINE / heights[1], plain(_wrapped(tile)), **below)
+        for number, line in enumerate(_wrapped(tile).splitlines()):  # each at its height, whatever its letters
+            y = 1 - (BASELINE + NAME_LINE * number) / heights[1]
+            cells[1, 2 * place].text(0.02, y, plain(line), va="baseline", size=7.5)
 
 
 def axes_at(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
