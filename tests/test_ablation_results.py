@@ -414,6 +414,18 @@ def strand(tmp_path) -> Strand:
     return strand
 
 
+def test_an_interval_ends_where_its_metric_does():
+    values = {"auroc": (0.6, 0.9), "mae": (0.1, 2.0), "r2": (0.9, 0.2)}
+    scores = [
+        {"metrics": {name: {"value": two[seed], "low": two[seed], "high": two[seed]} for name, two in values.items()}}
+        for seed in (0, 1)
+    ]
+    found = results.Line(*cells_of(width=[2]), "linear", "cls", dict(enumerate(scores))).metrics
+    assert (found["auroc"].low, found["auroc"].high) == (0.0, 1.0)
+    assert found["mae"].low == 0.0 and found["mae"].high > 2
+    assert found["r2"].high == 1.0 and found["r2"].low < -1
+
+
 def test_cost_of_a_cell_is_its_processes_and_its_images(strand):
     (cell,) = strand.cells
     timing.note(strand.folder / "pretrain.log", 100.0, 0)

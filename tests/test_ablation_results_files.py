@@ -306,3 +306,38 @@ def test_a_terminal_of_80_columns_shows_whole_numbers():
     Console(file=text, width=80).print(tables.to_terminal(table(wide[0], compared)))
     assert "0.400 [0.400, 0.400]" in text.getvalue() and "-0.100 [-0.150, -0.050]" in text.getvalue()
     assert "worse" in text.getvalue()
+
+
+def shown_on(width: int, found: Table) -> str:
+    text = io.StringIO()
+    Console(file=text, width=width).print(tables.to_terminal(found, width))
+    return text.getvalue()
+
+
+def test_a_terminal_shows_published_values_and_as_many_metrics_as_it_has_room_for():
+    (cell,) = expand(Grid("g", rows=[Row({"width": 2})], fixed={"head": "linear"}))
+    metrics = {name: {"value": value, "low": value, "high": value} for name, value in (("r2", 0.25), ("mae", 7.5))}
+    score = {"metrics": metrics, "published": {"mae": 6.25}, "baseline": {"r2": -0.5, "mae": 9.75}}
+    found = table(Entry(Line(cell, "linear", "cls", {0: score})))
+    wide, narrow = shown_on(120, found), shown_on(60, found)
+    assert all(one in wide for one in ("0.250", "7.500", "r2 -0.500, MAE 9.750", reading.CAPTION_PUBLISHED[:30]))
+    assert "0.250" not in narrow and "r2" not in narrow
+    for text in (wide, narrow):
+        assert "MAE published*" in text and "6.250" in text and "MAE 9.750" in text
+
+
+def test_differences_are_of_the_first_metric_that_is_shown():
+    first, second = entry(2, 0.5), entry(3, 0.4)
+    score = {"metrics": {"mae": {"value": 7.5, "low": 7.0, "high": 8.0}}, "published": {"mae": 6.0}}
+    for one in (first, second):
+        one.line.seeds[0] = {**score, "metrics": {**one.line.seeds[0]["metrics"], **score["metrics"]}}
+    differences = {"r2": Interval(-0.1, -0.15, -0.05), "mae": Interval(0.5, -1.0, 2.0)}
+    found = table(first, Entry(second.line, first.line, differences))
+    assert "r2 - reference" in shown_on(140, found) and "worse" in shown_on(140, found)
+    assert "MAE - reference" in shown_on(90, found) and "unclear" in shown_on(90, found)
+
+
+def test_names_in_sentences_of_markdown_are_escaped():
+    found = Table("bmi", 1, [Group("<b> & 5 |", [entry(2, 0.5, {"r2": "highest"}), entry(3, 0.4)])])
+    text = tables.document("g", [found], [], [], [])
+    assert "- \\<b> & 5 \\|: width=2 has the highest r2" in text and "<b>" not in text.replace("\\<b>", "")

@@ -270,7 +270,7 @@ class Job:
             terminal = Console(stderr=True, width=tables.WIDTH)
         with terminal.capture() as captured:
             for table in found[: tables.MOST_ON_TERMINAL]:
-                terminal.print(tables.to_terminal(table))
+                terminal.print(tables.to_terminal(table, terminal.width))
         console.note(captured.get().rstrip("\n"))
 
 

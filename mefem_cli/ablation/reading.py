@@ -24,7 +24,8 @@ CAPTION_ONE_SEED = "Brackets: 95 % bootstrap intervals over people, with the tra
 CAPTION_SEEDS = (
     "Values are means over {} seeds; a seed sets initialisation, data order, masks and folds. Brackets: 95 % "
     "intervals of the mean, from the bootstrap over people (more seeds do not shrink it: all see the same people) and "
-    "the t-interval over seeds, added in quadrature. results.csv has each seed with its own bootstrap interval."
+    "the t-interval over seeds, added in quadrature, cut where a metric ends (AUROC 1, MAE 0). results.csv has each "
+    "seed with its own bootstrap interval."
 )
 CAPTION_LACKING = (
     "Where seeds are missing, a mean is of those that are there and a difference of those that both rows have; such a "
@@ -211,13 +212,13 @@ def findings(table: Table) -> Iterator[str]:
         prefix, said = title(group, table), " ".join(_sentences(group, table, metric))
         if said:
             yield f"{prefix}: {said}" if prefix else said
-    if guessing := baseline(table):
+    if guessing := baseline(table, table.metrics):
         yield guessing
 
 
-def baseline(table: Table, most: int | None = None) -> str:
-    """Return what guessing scores, by so many metrics, in a sentence; empty where it is not known."""
-    told = ", ".join(f"{TITLES[name]} {number(value)}" for name, value in list(table.baseline.items())[:most])
+def baseline(table: Table, metrics: Sequence[str]) -> str:
+    """Return what guessing scores by these metrics, in a sentence; empty where it is not known."""
+    told = ", ".join(f"{TITLES[name]} {number(table.baseline[name])}" for name in metrics if name in table.baseline)
     guess = "the average" if set(table.metrics) <= set(SHOWN["regression"]) else "the most frequent class"
     return f"Guessing {guess} for everyone: {told}." if told else ""
 
@@ -230,7 +231,7 @@ def _sentences(group: Group, table: Table, metric: str) -> Iterator[str]:
             if entry.marks[metric] == BEST:
                 yield f"{name} has the best {TITLES[metric]}, {value}, told apart from every other row."
             else:
-                yield f"{name} has the {entry.marks[metric]} {TITLES[metric]}, {value}, not told apart from all others."
+                yield f"{name} has the {entry.marks[metric]} {TITLES[metric]}, {value}; another row may be as good."
     compared = [entry for entry in group.entries if entry.verdict(metric)]
     names = {entry.reference.cell.name for entry in compared if entry.reference is not None}
     reference = " or ".join(sorted(names))

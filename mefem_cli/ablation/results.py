@@ -84,7 +84,8 @@ class Line:
         """Each metric's mean over the seeds with its interval."""
         scores = list(self.seeds.values())
         names = scores[0]["metrics"] if scores else {}
-        return {name: Interval(*mean_interval([score["metrics"][name] for score in scores])) for name in names}
+        means = {name: Interval(*mean_interval([score["metrics"][name] for score in scores])) for name in names}
+        return {name: mean.within(name) for name, mean in means.items()}
 
     def published(self, task: str) -> dict[str, float]:
         """What others report of other data, metric -> value: of the grid's row, else what the task knows."""

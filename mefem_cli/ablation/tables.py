@@ -18,8 +18,9 @@ from mefem_cli.evaluation.numbers import TITLES, cell, number
 if TYPE_CHECKING:
     import rich.table
 
-REFERENCE, NOTHING = "reference", "-"
+REFERENCE, VERDICT, NOTHING = "reference", "verdict", "-"
 WIDTH = 120  # characters of a table that goes into a file
+UNLIMITED = 10_000  # characters, to measure how wide a table would be
 MOST_ON_TERMINAL = 6  # tables: a task may have forty targets
 FITTED = (  # to a line, where it is wider
     r"\noindent\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
@@ -55,10 +56,17 @@ class Content:
 
 def header(table: Table) -> list[str]:
     """Return the names of the columns."""
-    metrics = [f"{TITLES[name]} [95 %]" for name in table.metrics]
-    compared = [f"{TITLES[table.metrics[0]]} - reference", "verdict"] if table.is_compared else []
-    published = [f"{TITLES[name]} published*" for name in table.published]
-    return [*table.options, *["seeds"] * table.lacks_seeds, "head", "features", *metrics, *compared, *published]
+    numbers = _number_columns(table.metrics, table.is_compared, table.published)
+    return [*table.options, *["seeds"] * table.lacks_seeds, "head", "features", *numbers]
+
+
+def _number_columns(metrics: Sequence[str], is_compared: bool, published: Sequence[str]) -> list[str]:
+    compared = [f"{TITLES[metrics[0]]} - reference", VERDICT] if is_compared else []
+    return [
+        *(f"{TITLES[name]} [95 %]" for name in metrics),
+        *compared,
+        *(f"{TITLES[name]} published*" for name in published),
+    ]
 
 
 def num_text_columns(table: Table) -> int:
@@ -71,7 +79,7 @@ def rows(group: Group, table: Table) -> Iterator[list[Content]]:
     before = ""
     for entry in group.entries:
         name = entry.line.cell.name
-        yield [*_options(entry, table, name == before), *_numbers(entry, table)]
+        yield [*_options(entry, table, name == before), *_numbers(entry, table, table.metrics)]
         before = name
 
 
@@ -86,15 +94,15 @@ def _options(entry: Entry, table: Table, is_repeated: bool) -> Iterator[Content]
     yield Content(line.features)
 
 
-def _numbers(entry: Entry, table: Table) -> Iterator[Content]:
+def _numbers(entry: Entry, table: Table, metrics: Sequence[str]) -> Iterator[Content]:
     line = entry.line
-    for name in table.metrics:
+    for name in metrics:
         yield _content(line.metrics.get(name), entry.marks.get(name, "")) if line.seeds else Content(FAILED)
     if table.is_compared:
-        metric = table.metrics[0]
+        metric = metrics[0]
         yield Content(REFERENCE) if entry.is_reference else _content(entry.differences.get(metric), sign="+")
         yield Content(entry.verdict(metric))
-    for name in table.published:
+    for name in [one for one in table.published if one in metrics]:
         yield Content(number(line.published(table.task).get(name, math.nan)))
 
 
@@ -123,34 +131,44 @@ def captions(tables: Sequence[Table], best: str = reading.CAPTION_BEST) -> list[
 # Terminal ---------------------------------------------------------------------------------------------------------
 
 
-def to_terminal(table: Table) -> rich.table.Table:
-    """Return a short table for a terminal: one metric, with its differences."""
+def to_terminal(table: Table, width: int = WIDTH) -> rich.table.Table:
+    """Return a table for a terminal of some width.
+
+    It has all metrics with the differences by the first, as the other tables; where that is too wide, the metrics that
+    others have published, or the first.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=UNLIMITED)
+    whole = _terminal(table, table.metrics)
+    is_narrow = Measurement.get(console, console.options, whole).maximum > width
+    return _terminal(table, table.published or table.metrics[:1]) if is_narrow else whole
+
+
+def _terminal(table: Table, metrics: Sequence[str]) -> rich.table.Table:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = RichTable(title=Text(table.task), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown.show_edge = False
-    shown.caption, shown.caption_justify = Text(reading.baseline(table, most=1)), "left"
+    published = [name for name in table.published if name in metrics]
+    notes = [reading.baseline(table, metrics), f"* {reading.CAPTION_PUBLISHED}" if published else ""]
+    shown.caption, shown.caption_justify = Text("\n".join(filter(None, notes))), "left"
     shown.add_column("", overflow="fold")
-    for name in table.metrics[:1]:
-        shown.add_column(f"{TITLES[name]} [95 %]".replace("[", r"\["), justify="right", no_wrap=True)
-    if table.is_compared:
-        shown.add_column(r"- reference \[95 %]", justify="right", no_wrap=True)
-        shown.add_column("")
-    skipped = num_text_columns(table)
+    for name in _number_columns(metrics, table.is_compared, published):
+        shown.add_column(Text(name), justify="left" if name == VERDICT else "right", no_wrap=True)
     for group in table.groups:
         if group.heading:
             shown.add_row(Text(group.heading, "bold"))
-        for entry, row in zip(group.entries, rows(group, table), strict=True):
-            numbers = [row[skipped], *row[skipped + len(table.metrics) :][:2]] if table.metrics else []
-            shown_numbers = numbers[: 1 + 2 * table.is_compared]
-            styles = ["bold" if one.mark == BEST else "" for one in shown_numbers]
-            texts = [" ".join(filter(None, (one.text, one.interval))) for one in shown_numbers]
+        for entry in group.entries:
+            numbers = _numbers(entry, table, metrics)
+            texts = [Text(f"{one.text} {one.interval}".rstrip(), "bold" if one.mark == BEST else "") for one in numbers]
             num_seeds, name = len(entry.line.seeds), reading.label(entry, group, table)
             if table.lacks_seeds and num_seeds < table.num_seeds:
                 name += f" [{num_seeds} of {table.num_seeds} seeds]"
-            shown.add_row(Text(name), *map(Text, texts, styles))
+            shown.add_row(Text(name), *texts)
     return shown
 
 
@@ -191,10 +209,11 @@ def document(
     """Return results.md: for each task a table and what it says, then failures, cost, and how it was made."""
     parts = [f"# Ablation {name}"]
     for table in tables:
-        parts += [f"## {table.task}", to_markdown(table), "\n".join(f"- {one}" for one in reading.findings(table))]
+        found = "\n".join(f"- {_escaped(one)}" for one in reading.findings(table))
+        parts += [f"## {table.task}", to_markdown(table), found]
     parts += ["\n".join(f"- {one}" for one in captions(tables))]
     if failures:
-        parts += ["## Failed", "\n".join(f"- {one}" for one in failures)]
+        parts += ["## Failed", "\n".join(f"- {_escaped(one)}" for one in failures)]
     parts += ["## Cost", aligned([COST_HEADER, *cost_rows(costs)]), COST_CAPTION]
     parts += ["## How it was made", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(part for part in parts if part) + "\n"

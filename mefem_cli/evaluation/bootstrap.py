@@ -6,7 +6,7 @@ They say how much a score would vary with other people, not with another trainin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
+
+    def within(self, metric: str) -> Interval:
+        """Return it cut at the ends of what a metric can be: symmetric intervals of few seeds may reach beyond."""
+        lowest, highest = metrics.RANGES[metric]
+        return replace(self, low=max(self.low, lowest), high=min(self.high, highest))
 
 
 def draw_weights(group: np.ndarray, replicates: int, seed: int | list[int]) -> Iterator[np.ndarray]:
@@ -88,7 +93,8 @@ def repeated_intervals(
         if others:
             values = values - np.array([float(one[name][0]) for one in by_repeat[1]])
             replicated = replicated - drawn[1][name]
-        found[name] = _widened(_interval(float(values.mean()), replicated), values)
+        widened = _widened(_interval(float(values.mean()), replicated), values)
+        found[name] = widened if others else widened.within(name)
     return found
 
 

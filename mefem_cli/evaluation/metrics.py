@@ -7,6 +7,7 @@ do not share a scale, so it is computed in each fold and averaged.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,12 @@ import numpy as np
 LOWER_IS_BETTER = frozenset({"mae", "rmse"})
 REGRESSION = ("r2", "mae", "rmse", "pearson_r")
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "f1", "auroc")
+RANGES = {  # what a metric can be
+    **dict.fromkeys(CLASSIFICATION, (0.0, 1.0)),
+    **dict.fromkeys(LOWER_IS_BETTER, (0.0, math.inf)),
+    "r2": (-math.inf, 1.0),
+    "pearson_r": (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
