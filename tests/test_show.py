@@ -260,6 +260,21 @@ def test_what_is_drawn_is_the_draw_and_its_chances(few_draws):
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), chance)
 
 
+@pytest.mark.parametrize("grid", [28, 64])
+def test_lines_leave_as_much_of_a_fine_grid_as_of_that_of_14(grid):
+    def brightness(side: int) -> float:
+        """Mean of a white face of which every other patch is source and framed, the rest in neither."""
+        source, none = np.indices((side, side)).sum(axis=0) % 2 == 0, np.zeros((side, side), bool)
+        mode = show_masks.Mode("", "", source[None], none[None], none[None], None, none, none, is_exact=True)
+        figure = Figure(figsize=(1.2, 1.2 * (1 + show_masks.HEADROOM)), dpi=300)
+        show_masks._sample(mode, 0, np.full((16 * side, 16 * side, 3), 255, np.uint8))(figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return float(np.asarray(canvas.buffer_rgba())[..., :3].mean() / 255)
+
+    assert brightness(grid) == pytest.approx(brightness(14), abs=0.03)
+
+
 def test_source_target_and_neither_differ_without_colour():
     grey = np.full((6, 6, 3), 120, np.uint8)
     source, target = (np.array([[one, other, 0]] * 3, bool) for one, other in ((1, 0), (0, 1)))

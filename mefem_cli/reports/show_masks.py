@@ -217,9 +217,10 @@ def _sample(mode: Mode, number: int, face: np.ndarray) -> Callable[[Any], None]:
         grid = len(source)
         axis = without_axes(axes_at(figure, 0, 0, 1, 1))
         axis.imshow(composite(face, source, target), extent=(0, grid, grid, 0), interpolation="none")
-        _hatch(axis, ~(source | target))
-        _outline(axis, source)
-        _mark_moved(axis, moved)
+        thin = min(1.0, 1 / (UNIT * grid))  # lines that do not thin with the patches would cover those of a fine grid
+        _hatch(axis, ~(source | target), thin)
+        _outline(axis, source, thin)
+        _mark_moved(axis, moved, thin)
         if cls is not None:
             _cls_token(axis, cls, UNIT * grid)
         edge = 0.1 * UNIT * grid  # room for the frame of the source
@@ -228,34 +229,34 @@ def _sample(mode: Mode, number: int, face: np.ndarray) -> Callable[[Any], None]:
     return draw
 
 
-def _outline(axis: Any, patches: np.ndarray) -> None:
-    """Draw a line around patches [L, L]."""
+def _outline(axis: Any, patches: np.ndarray, thin: float = 1.0) -> None:
+    """Draw a line around patches [L, L], `thin` times as wide as on a grid of 14 x 14."""
     from matplotlib.collections import LineCollection
 
     padded = np.pad(patches, 1).astype(int)
     across, down = np.diff(padded, axis=1) != 0, np.diff(padded, axis=0) != 0
     lines = [[(column, row - 1), (column, row)] for row, column in np.argwhere(across)]
     lines += [[(column - 1, row), (column, row)] for row, column in np.argwhere(down)]
-    axis.add_collection(LineCollection(lines, colors=EDGE, linewidths=1.3, capstyle="projecting", clip_on=False))
+    axis.add_collection(LineCollection(lines, colors=EDGE, linewidths=1.3 * thin, capstyle="projecting", clip_on=False))
 
 
-def _hatch(axis: Any, patches: np.ndarray) -> None:
+def _hatch(axis: Any, patches: np.ndarray, thin: float = 1.0) -> None:
     """Draw a slash through patches [L, L] that are in neither side."""
     from matplotlib.collections import LineCollection
 
     lines = [[(column + 0.2, row + 0.8), (column + 0.8, row + 0.2)] for row, column in np.argwhere(patches)]
-    axis.add_collection(LineCollection(lines, colors=HATCH, linewidths=0.7))
+    axis.add_collection(LineCollection(lines, colors=HATCH, linewidths=0.7 * thin))
 
 
-def _mark_moved(axis: Any, patches: np.ndarray) -> None:
+def _mark_moved(axis: Any, patches: np.ndarray, thin: float = 1.0) -> None:
     """Draw a cross in a dashed square on a patch that moved from the source to the target."""
     from matplotlib.patches import Rectangle
 
     for row, column in np.argwhere(patches):
-        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=EDGE, linewidth=0.9, linestyle=(0, (2, 1)),
-                                 clip_on=False))  # fmt: skip
-        axis.plot([column + 0.2, column + 0.8], [row + 0.2, row + 0.8], color=EDGE, linewidth=1.1)
-        axis.plot([column + 0.2, column + 0.8], [row + 0.8, row + 0.2], color=EDGE, linewidth=1.1)
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=EDGE, linewidth=0.9 * thin,
+                                 linestyle=(0, (2, 1)), clip_on=False))  # fmt: skip
+        axis.plot([column + 0.2, column + 0.8], [row + 0.2, row + 0.8], color=EDGE, linewidth=1.1 * thin)
+        axis.plot([column + 0.2, column + 0.8], [row + 0.8, row + 0.2], color=EDGE, linewidth=1.1 * thin)
 
 
 def _cls_token(axis: Any, in_source: bool, unit: float) -> None:
