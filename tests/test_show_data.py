@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -80,6 +82,33 @@ def test_crops_are_counted_by_label_size_and_reason(tmp_path):
     assert heights["side of the square, px"] == 12
     assert widths["rejects"] == [2, 1]
     assert sheet.lead.startswith("12 crops of 64 px, 3 rejects, in ")
+
+
+@pytest.mark.parametrize(("low", "high"), [(21, 49), (0, 95), (1799, 1799), (-30, 400)])
+def test_bins_of_whole_numbers_hold_equally_many_of_them(low, high):
+    values = np.arange(low, high + 1.0)
+    edges = show_crops.bin_edges(values)
+    counts, _ = np.histogram(values, edges)
+    assert counts.sum() == len(values)
+    assert len(set(counts[1:-1])) <= 1 and counts.max() == np.diff(edges)[0]  # the outer ones may reach further
+    assert len(counts) <= 2 * show_crops.NUM_BINS + 1
+
+
+@pytest.mark.parametrize("values", [[1799.0], [1799.5], [224.0], [300.0, 5000.0], [0.0], [1e16], [-1e-9]])
+@pytest.mark.parametrize("mark", [224.0, None])
+def test_bars_are_wide_enough_to_be_seen_and_numbers_below_them_stand_apart(values, mark):
+    figure = Figure(figsize=show_crops.PANEL)
+    show_crops.histogram("side", np.array(values), mark)(figure)
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    bars = [bar for bar in axis.patches if bar.get_height()]
+    assert sum(bar.get_height() for bar in bars) == len(values)
+    assert all(bar.get_width() > 0.01 * (high - low) for bar in bars)
+    labels = [tick.label1 for tick in axis.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_the_contact_sheet_shows_crops_with_their_labels(tmp_path):

@@ -41,9 +41,8 @@ def sheet(folders: Sequence[Path], options: ShowOptions) -> Sheet:
     rows = [Row(f"Crops ({len(faces)} of {len(crops):,})", faces, _faces_caption(chosen, crops, options.by))]
     labels = [_panel_of(name, crops.labels[name]) for name in list(crops.labels)[:MOST_LABELS]]
     if labels:
-        more = (
-            f" {len(crops.labels) - MOST_LABELS} more labels are not shown." if len(crops.labels) > MOST_LABELS else ""
-        )
+        num_more = len(crops.labels) - MOST_LABELS
+        more = f" Not shown: {plural(num_more, 'more label')}." if num_more > 0 else ""
         rows.append(Row("Labels", labels, f"How many crops have which value; in brackets, how many have one.{more}"))
     rows.append(Row("Sizes and scores", list(_measures(crops)), _sizes_caption(crops)))
     tail = []
@@ -52,7 +51,7 @@ def sheet(folders: Sequence[Path], options: ShowOptions) -> Sheet:
         rows.append(Row("Rejects", [Tile("", bars, size=(4.8, 0.75 + 0.17 * len(reasons)))], _rejects_caption(crops)))
         lines = [(name, f"{count:,}", REASONS_IN_WORDS.get(name, "")) for name, count in reasons.most_common()]
         tail.append(html.table(["reason", "rejects", "meaning"], lines))
-    lead = f"{len(crops):,} crops of {crops.size} px, {plural(reasons.total(), 'reject')}, in "
+    lead = f"{len(crops):,} crop{'s' * (len(crops) != 1)} of {crops.size} px, {plural(reasons.total(), 'reject')}, in "
     lead += ", ".join(printable(str(folder)) for folder in crops.folders)
     return Sheet("Crops", lead, rows, tail, crops.inputs())  # fmt: skip
 
@@ -129,14 +128,38 @@ def histogram(title: str, values: np.ndarray, mark: float | None = None) -> Call
 
     def draw(figure: Any) -> None:
         axis = _axis(figure, title)
+        edges = bin_edges(values, mark) if len(values) else np.zeros(1)
         if len(values):
-            axis.hist(values, bins=min(NUM_BINS, max(1, len(np.unique(values)))), color=COLOURS[0])
+            axis.hist(values, bins=edges, color=COLOURS[0])
         if mark is not None:
             axis.axvline(mark, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axis.locator_params(axis="x", nbins=5)
+        has_room = np.abs(edges).max() < 10_000  # for the numbers below the axis
+        axis.locator_params(axis="x", nbins=5 if has_room else 3, integer=_is_whole(values), min_n_ticks=1)
         axis.locator_params(axis="y", nbins=4, integer=True)
 
     return draw
+
+
+def bin_edges(values: np.ndarray, mark: float | None = None) -> np.ndarray:
+    """Return the edges of bins that hold values (n,), n > 0, as wide as they have to be to be seen beside `mark`.
+
+    Bins of whole numbers hold equally many of these: 1, 2, 5, 10 ..., from a multiple of that on.
+    """
+    known = values if mark is None else np.append(values, mark)
+    low, high = float(known.min()), float(known.max())
+    if _is_whole(values):
+        widths = (step * 10.0**power for power in range(16) for step in (1, 2, 5))
+        width = next(width for width in widths if (high - low) / width < 2 * NUM_BINS)
+        first, last = np.floor(low / width), np.floor(high / width)
+        return np.arange(first, last + 2) * width - 0.5
+    if low == high:
+        return low + abs(low) * np.array([-0.05, 0.05])
+    count = len(np.unique(values)) if mark is None else NUM_BINS
+    return np.linspace(low, high, min(NUM_BINS, count) + 1)
+
+
+def _is_whole(values: np.ndarray) -> bool:
+    return bool((np.abs(values) < 1e15).all() and (values == np.round(values)).all())
 
 
 def _bars(title: str, counts: Sequence[tuple[str, int]]) -> Callable[[Any], None]:

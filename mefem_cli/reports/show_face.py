@@ -83,7 +83,7 @@ def each_readable(rows: Iterable[int], read: Callable[[int], Read]) -> Iterator[
         num_read += 1
         yield row, found
     if len(trouble) > MOST_NAMED:
-        console.warn(f"left out: {len(trouble) - MOST_NAMED} more crops that cannot be read")
+        console.warn(f"left out: {console.plural(len(trouble) - MOST_NAMED, 'more crop')} that cannot be read")
     if trouble and not num_read:
         raise NoInputError(f"no crop can be read; the first: {trouble[0]}")
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mefem_cli import store_tools
+from mefem_cli.console import plural
 from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.reports import html
 from mefem_cli.reports.curves import COLOURS, INK
@@ -113,7 +114,7 @@ def sheet(path: Path, options: ShowOptions, is_page: bool) -> Sheet:
         kind = _kind(store, options.features)
         by = _label(store, options.by)
         if len(store) < LEAST_FACES:
-            raise NoInputError(f"{path}: has {len(store)} faces; a map wants {LEAST_FACES} or more")
+            raise NoInputError(f"{path}: has {plural(len(store), 'face')}; a map wants {LEAST_FACES} or more")
         rng = np.random.default_rng(options.seed)
         rows = np.sort(rng.permutation(len(store))[:MOST_MEASURED])
         chosen = store if len(rows) == len(store) else store.select(rows)
