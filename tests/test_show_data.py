@@ -26,7 +26,7 @@ from mefem_cli.engine import monitors
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import saved
 from mefem_cli.probes import attentive
-from mefem_cli.reports import health, show_attention, show_crops, show_runs, show_store
+from mefem_cli.reports import health, show_attention, show_crops, show_runs, show_sheet, show_store
 from mefem_cli.showing import ShowOptions
 from mefem_cli.stores import crops as crops_folder
 from mefem_cli.stores.ablations import CellRecord, StrandRecord
@@ -97,7 +97,7 @@ def test_bins_of_whole_numbers_hold_equally_many_of_them(low, high):
 @pytest.mark.parametrize("values", [[1799.0], [1799.5], [224.0], [300.0, 5000.0], [0.0], [1e16], [-1e-9]])
 @pytest.mark.parametrize("mark", [224.0, None])
 def test_bars_are_wide_enough_to_be_seen_and_numbers_below_them_stand_apart(values, mark):
-    figure = Figure(figsize=show_crops.PANEL)
+    figure = Figure(figsize=show_crops.PANEL, dpi=show_sheet.DPI)
     show_crops.histogram("side", np.array(values), mark)(figure)
     (axis,) = figure.axes
     low, high = axis.get_xlim()
