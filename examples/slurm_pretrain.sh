@@ -9,6 +9,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 crops=$1 run=$2
 shift 2
+mkdir -p "$(dirname "$run")"
 
 mefem pretrain "$crops" -o "$run" --gpus "${GPUS:-8}" "$@" --print-sbatch >"$run.sbatch"
 if command -v sbatch >/dev/null; then

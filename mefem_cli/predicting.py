@@ -178,7 +178,7 @@ def _crops(head: Head, sources: list[str], folder: Path, machine: Any, product: 
     options = CropOptions(**{name: one for name, one in (rule or {}).items() if name in known}, workers=machine.workers)
     out = folder / "crops"
     try:
-        job.crop(sources, options, products.ProductOptions(out=str(out), limit=product.limit))
+        job.crop(sources, options, products.ProductOptions(out=str(out), limit=product.limit), tells_tables=False)
     except NoInputError:
         if not (out / MANIFEST).is_file():
             raise

@@ -372,7 +372,7 @@ def test_a_file_whose_reference_fits_no_row_fails_before(crops, tmp_path, capsys
         ({"task": ["age"]}, NoInputError, "there is no label age; there is bmi, constant, subject"),
         ({"task": ["constant"]}, NoInputError, "the label is 1 for all 60 faces"),
         ({"set": ["folds=31"]}, UsageError, "fewer than the 31 folds"),
-        ({"set": ["folds=31"]}, UsageError, "typed as --set folds=2"),
+        ({"set": ["folds=31"]}, UsageError, "type --set folds=30"),
         ({"set": ["folds=1"]}, UsageError, "--folds 1"),
         ({"set": ["weight_decay=x"]}, UsageError, "--weight-decay x"),
         ({"machine": {"workers": "0"}}, UsageError, "--workers 0: wanted 1 or more"),
@@ -397,6 +397,13 @@ def test_the_plan_lists_cells_and_counts_steps(crops, stand_in, tmp_path, monkey
     job.run()
     assert (plans.describe(job)["to_train"], plans.describe(job)["steps"]) == (0, 0)
     assert {state for cell in plans.describe(job)["cells"] for state in cell["states"]} == {"finished"}
+
+
+def test_the_plan_says_what_cannot_run(crops, tmp_path):
+    job = prepare(crops, tmp_path / "out", "width=99")
+    plan = plans.describe(job)
+    assert [cell["states"] for cell in plan["cells"]] == [["cannot run"]]
+    assert "time: it cannot be told" in plans.summary(plan)
 
 
 # With the real steps --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from ablations import write_scores
 from probing import people, write_store
 
-from mefem_cli.ablation import cost, differences, reading, results, timing
+from mefem_cli.ablation import cost, differences, reading, results, tables, timing
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.differences import Differences, Reference, find_references, known_references, reference_of
 from mefem_cli.ablation.grid import Cell, Grid, Row, expand
@@ -442,7 +442,29 @@ def test_cost_of_a_cell_is_its_processes_and_its_images(strand):
     (strand.run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (found,) = cost.costs(strand.cells, [strand])
     assert found == cost.Cost("width=2", 100.0, 1500, 60.0, 7.0, 8.0)
-    assert cost.to_csv([found]).splitlines()[1] == "width=2,100,1500,60,7,8"
+    assert cost.to_csv([found]).splitlines()[1] == "width=2,100,1500,60,7,8,,"
+
+
+def test_what_cells_share_is_counted_once(tmp_path):
+    first, second = cells_of(neighbors=[3, 5], head=["knn"])
+    (other,) = cells_of(width=[3])
+    found = []
+    for name, cells in (("k", (first, second)), ("l", (other,))):
+        strand = Strand(tmp_path / "cells" / name, 0, cells, ("bmi",))
+        strand.run.mkdir(parents=True)
+        timing.note(strand.folder / "pretrain.log", 40.0, 0)
+        timing.note(strand.store(cells[0]).with_suffix(".log"), 7.0, 0)
+        for cell in cells:
+            timing.note(strand.scores(cell, "bmi").with_suffix(".log"), 4.0, 0)
+        found.append(strand)
+    costs = cost.costs([first, second, other], found)
+    assert [(one.pretraining_of, one.embedding_of) for one in costs] == [("", ""), (first.name,) * 2, ("", "")]
+    assert [row[1:] for row in tables.cost_rows(costs)] == [
+        ["40 s", "-", "-", "7.0 s", "4.0 s"],
+        ["same", "-", "-", "same", "4.0 s"],
+        ["40 s", "-", "-", "7.0 s", "4.0 s"],
+        ["80 s", "-", "-", "14 s", "12 s"],  # of all together
+    ]
 
 
 def test_cost_of_an_older_run_is_read_from_its_log_and_the_rest_is_not_known(strand):

@@ -129,7 +129,7 @@ def test_without_slurm_the_job_script_is_printed(run, tmp_path):
     photos = render_folder(tmp_path / "drawn", num_people=1, photos_per_person=1, seed=0, num_workers=1)
     crop = [sys.executable, "-m", "mefem_cli", "crop", str(photos / "photos"), "-o", str(tmp_path / "crops"), "-q"]
     subprocess.run(crop, check=True, capture_output=True)
-    done = run("slurm_pretrain.sh", "crops", "a_run", "--epochs", "7")
+    done = run("slurm_pretrain.sh", "crops", "new/a_run", "--epochs", "7")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --signal=USR1@300" in done.stdout
     assert "--epochs 7" in done.stdout

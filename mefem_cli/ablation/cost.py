@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mefem_cli.ablation.timing import read as read_times
 
 METRICS, LOG = "metrics.jsonl", "run.log"
 STAMP = "%Y-%m-%d %H:%M:%S"  # of the lines of run.log
+MEASURED = ("pretrain_seconds", "images", "images_per_second", "embed_seconds", "probe_seconds")
 SESSION = " device "  # in the first line of each session of a run, after its time
 
 
@@ -31,22 +32,45 @@ class Cost:
     images_per_second: float | None
     embed_seconds: float | None
     probe_seconds: float | None  # of all tasks and heads
+    pretraining_of: str = field(default="", kw_only=True)  # the earlier cell whose pretraining this is
+    embedding_of: str = field(default="", kw_only=True)  # the earlier cell whose features these are
 
 
 def costs(cells: Sequence[Cell], strands: Sequence[Strand]) -> list[Cost]:
     """Return what cells took, those of one name (heads and features of one encoder) together."""
-    return [_cost(name, strands) for name in dict.fromkeys(cell.name for cell in cells)]
+    owners: dict[Path, str] = {}  # of encoders and stores: the first cell that has it
+    return [_cost(name, strands, owners) for name in dict.fromkeys(cell.name for cell in cells)]
 
 
-def _cost(name: str, strands: Sequence[Strand]) -> Cost:
+def _cost(name: str, strands: Sequence[Strand], owners: dict[Path, str]) -> Cost:
     found: dict[str, list[float]] = {}
+    trained: list[str] = []
+    embedded: list[str] = []
     for strand in strands:
         mine = [cell for cell in strand.cells if cell.name == name]
-        if mine:
-            for what, value in _of_strand(strand, mine):
-                found.setdefault(what, []).append(value)
+        for what, value in _of_strand(strand, mine) if mine else ():
+            found.setdefault(what, []).append(value)
+        for cell in mine:
+            trained.append(owners.setdefault(strand.folder, name))
+            embedded.append(owners.setdefault(strand.store(cell), name))
     means = {what: statistics.fmean(values) for what, values in found.items()}
-    return Cost(name, *(means.get(field.name) for field in fields(Cost)[1:]))
+    return Cost(
+        name,
+        *map(means.get, MEASURED),
+        pretraining_of="" if name in trained else trained[0],
+        embedding_of="" if name in embedded else embedded[0],
+    )
+
+
+def total(found: Sequence[Cost]) -> Cost:
+    """Return what all cells took together with one seed, what they share counted once."""
+    own = {
+        **dict.fromkeys(("pretrain_seconds", "images"), [one for one in found if not one.pretraining_of]),
+        "embed_seconds": [one for one in found if not one.embedding_of],
+        "probe_seconds": found,
+    }
+    known = {name: [getattr(one, name) for one in costs if getattr(one, name)] for name, costs in own.items()}
+    return Cost("all, a seed", *(sum(known[name]) if known.get(name) else None for name in MEASURED))
 
 
 def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:

@@ -77,7 +77,7 @@ def _describe_cell(job: Job, cell: Cell, counts: dict[Path, int | None], seconds
         "head": cell.probe["head"],
         "features": cell.probe.get("features"),
         "reads": cell.reads,
-        "states": [strand.state for strand in own],
+        "states": ["cannot run" if seconds.get(strand.folder, 0.0) is None else strand.state for strand in own],
         "estimated_seconds": [seconds.get(strand.folder, 0.0) for strand in own],  # of the encoder, shared with others
     }
 
@@ -241,6 +241,8 @@ def summary(plan: dict[str, Any]) -> str:
 
 def _told_time(plan: dict[str, Any]) -> str:
     seconds, is_whole = plan["estimated_seconds"], plan["estimate_is_whole"]
+    if not seconds and not is_whole:
+        return "time: it cannot be told, as nothing of it can run"
     if not seconds and is_whole:
         states = {state for cell in plan["cells"] for state in cell["states"]}
         return "all is finished" if states == {"finished"} else "only probing is left"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mefem_cli.ablation import reading, results
+from mefem_cli.ablation import cost, reading, results
 from mefem_cli.ablation.cost import Cost
 from mefem_cli.ablation.grid import shown_value
 from mefem_cli.ablation.reading import BEST, Entry, Group, Table
@@ -18,7 +18,7 @@ from mefem_cli.evaluation.numbers import TITLES, cell, number
 if TYPE_CHECKING:
     import rich.table
 
-REFERENCE, VERDICT, NOTHING = "reference", "verdict", "-"
+REFERENCE, VERDICT, SAME, NOTHING = "reference", "verdict", "same", "-"
 WIDTH = 120  # characters of a table that goes into a file
 UNLIMITED = 10_000  # characters, to measure how wide a table would be
 MOST_ON_TERMINAL = 6  # tables: a task may have forty targets
@@ -224,23 +224,28 @@ def document(
 COST_HEADER = ["cell", "pretraining", "images", "images/s", "embedding", "probing"]
 COST_CAPTION = (
     "Means over the seeds, heads and features of one encoder together; times of whole processes, which may have shared "
-    "the machine with others. Images are those seen in training. A dash: not recorded."
+    "the machine with others. Images are those seen in training. same: that of a row above, whose encoder or features "
+    "these are. A dash: not recorded."
 )
 
 
 def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
-    """Return the cost of each cell as texts."""
+    """Return the cost of each cell as texts, below several of them all together."""
     return [
         [
             one.name,
-            duration(one.pretrain_seconds),
-            _count(one.images),
-            _count(one.images_per_second),
-            duration(one.embed_seconds),
+            _unless_shared(duration(one.pretrain_seconds), one.pretraining_of),
+            _unless_shared(_count(one.images), one.pretraining_of),
+            _unless_shared(_count(one.images_per_second), one.pretraining_of),
+            _unless_shared(duration(one.embed_seconds), one.embedding_of),
             duration(one.probe_seconds),
         ]
-        for one in costs
+        for one in [*costs, *([cost.total(costs)] if len(costs) > 1 else [])]
     ]
+
+
+def _unless_shared(told: str, owner: str) -> str:
+    return SAME if owner and told != NOTHING else told
 
 
 def duration(seconds: float | None) -> str:

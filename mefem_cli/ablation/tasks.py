@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mefem_cli.errors import MefemError, NoInputError
 from mefem_cli.evaluation import problem
 from mefem_cli.parts import Given
 from mefem_cli.stores.crops import Crops
+
+ADVISED = re.compile(r"type --([\w-]+) ([^\s;,]+)")  # in an error of mefem probe
 
 
 class LabelledFaces:
@@ -61,9 +64,8 @@ def usable_tasks(
 
 
 def _make_problem(faces: LabelledFaces, asked: Any, target: Any, options: Any, seed: int) -> None:
-    """Make a problem; an error that advises an option of mefem probe says how a grid is given it."""
+    """Make a problem; where an error advises an option of mefem probe, it is typed as a grid is given it."""
     try:
         problem.make_problem(faces, asked, target, options, seed)
     except MefemError as error:
-        hint = "; in a grid options of mefem probe are typed as --set folds=2" if "type --" in str(error) else ""
-        raise type(error)(f"{error}{hint}") from error
+        raise type(error)(ADVISED.sub(r"type --set \1=\2", str(error))) from error

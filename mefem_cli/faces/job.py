@@ -78,8 +78,12 @@ class Plan:
         return self.listing.sources.take(self.pending)
 
 
-def crop(arguments: list[str], options: CropOptions, product_options: ProductOptions) -> CropReport:
+def crop(
+    arguments: list[str], options: CropOptions, product_options: ProductOptions, tells_tables: bool = True
+) -> CropReport:
     """Crop the faces in the named sources into a crops folder, or take new sources into an existing one.
+
+    `tells_tables`: say which tables of labels beside the pictures could be joined.
 
     Raises UsageError, NoInputError (no image found, no face usable, or more rejects than `max_rejects`, the folder
     being complete in both latter cases) and OutputError (other options, not a crops folder, disk full).
@@ -90,7 +94,7 @@ def crop(arguments: list[str], options: CropOptions, product_options: ProductOpt
     if not product_options.overwrite:
         refuse_other_options(out, options)
     listing = find_sources(arguments, out, options, product_options.limit)
-    tell_about_listing(listing, options)
+    tell_about_listing(listing, tells_tables and options.labels is None)
     if options.labels is not None:
         labels.read_labels(Path(options.labels), options.key)  # tell of a bad table before the work, not after it
     journal = Journal(out)
@@ -125,11 +129,11 @@ def find_sources(arguments: list[str], out: Path, options: CropOptions, limit: i
     return listing
 
 
-def tell_about_listing(listing: Listing, options: CropOptions) -> None:
-    """Say on stderr what was skipped, and that a table of labels lies there unused."""
+def tell_about_listing(listing: Listing, tells_tables: bool) -> None:
+    """Say on stderr what was skipped, and where asked to, that a table of labels lies there unused."""
     if listing.skipped:
         console.note(f"skipped, as no images: {counted(listing.skipped)}")
-    if options.labels is None:
+    if tells_tables:
         for table in listing.label_tables:
             console.note(f"{printable(table)} is not used; --labels {printable(table)} would join it")
 

@@ -36,7 +36,7 @@ def preview(arguments: list[str], options: CropOptions, product_options: Product
     if not product_options.overwrite:
         job.refuse_other_options(out, options)
     listing = job.find_sources(arguments, out, options, product_options.limit)
-    job.tell_about_listing(listing, options)
+    job.tell_about_listing(listing, options.labels is None)
     journal = Journal(out).read()
     rows = journal.slice(0, 0) if product_options.overwrite else journal
     known = known_sources(rows, out)
