@@ -27,6 +27,7 @@ OWNED = frozenset(
 )
 # Of which a cell has no score of its own, though keys hold them; the grid itself has --limit.
 UNSHOWN = frozenset({"print_sbatch", "limit", "fraction", "permute"})
+OF_THE_GRID = {"seed": "--seeds N", "limit": "--limit N", "out": "-o FOLDER", "on": "--on ray"}  # its own options
 CHOICES = {"mask": "masks", "objective": "objectives"}  # options whose values are the files of a room
 # Options that another option's value leaves without effect.
 IGNORED_WITH = {("loss_weight", "uniform"): frozenset({"r0", "sigma"})}
@@ -70,14 +71,12 @@ def resolve_name(typed: str) -> str:
     step, dot, option = name.partition(".")
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
-    if option in UNSHOWN:
-        hint = "; type mefem ablate --limit N" if option == "limit" else ""
+    if option in (OWNED | UNSHOWN) - {MODEL}:
+        hint = f"; type mefem ablate {OF_THE_GRID[option]}" if option in OF_THE_GRID else ""
         raise UsageError(f"--{option.replace('_', '-')} has no place in the cells of a grid{hint}")
     if step not in STEPS or option not in options(step):
         if option == MODEL:
             raise UsageError("encoders are named with --model, in a grid file under `model:`")
-        if option in OWNED:
-            raise UsageError(f"--{option.replace('_', '-')} is set for each cell by ablate itself")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
         raise UsageError(f'there is no option "{typed}"{_nearest(option, known)}')
     first = next(one for one in STEPS if option in options(one))
