@@ -9,10 +9,13 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from PIL import Image
 from synthetic import smooth_faces, write_crops
@@ -127,6 +130,31 @@ def test_every_form_holds_names_that_mean_harm_and_says_how_it_was_made(form, tm
     assert "<script" not in text and "<img src=x" not in text
     assert text.count("&lt;script&gt;") >= 3
     assert "mefem show" in text
+
+
+@pytest.mark.parametrize("form", ["html", "png", "svg"])
+def test_letters_that_no_font_has_are_one_warning_of_a_picture(form, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [__file__, str(tmp_path / "gone.ttf")])
+
+    def draw(figure) -> None:
+        show_sheet.axes_at(figure, 0.2, 0.2, 0.7, 0.7).set_yticks([0, 1], ["女", show_sheet.plain("$x_\U000f0000")])
+
+    show_sheet.write(Sheet("Zoë", "", [Row("", [Tile("男", draw)])]), tmp_path / f"sheet.{form}", {})
+    said = capsys.readouterr().err
+    assert said.count("\n") == (form == "png")
+    assert form != "png" or 'has all letters of "女" and 1 more: a box' in said  # private letters are "?" by then
+
+
+def test_letters_come_from_an_installed_font_that_has_them(monkeypatch, capsys):
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "STIXGeneral.ttf"
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [__file__, str(path)])
+    own, lent = (set(FT2Font(one).get_charmap()) for one in (findfont("DejaVu Sans"), path))
+    figure = Figure()
+    strange, usual = figure.text(0, 0, chr(min(lent - own))), figure.text(0, 0, "a")
+    show_sheet.lend_fonts(figure)
+    assert strange.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"] != usual.get_fontfamily()
+    FigureCanvasAgg(figure).draw()  # a letter that lacks would be a warning, which is an error here
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_of_others_stays(tmp_path):
