@@ -56,7 +56,8 @@ def labelled_crops(folder: Path, count: int = 12) -> Path:
     """Write crops with numbers, classes and a label whose name means harm; three sources are rejected."""
     ages = [20.0 + number for number in range(count - 2)] + [float("nan")] * 2
     sexes = [HOSTILE if number == 1 else "ab"[number % 2] for number in range(count - 1)] + [""]
-    write_crops(folder, count, 64, age=ages, sex=sexes, **{HOSTILE: [1.0] * count})
+    names = [f"p{max(number, 1):02d}" for number in range(count)]  # one fewer than crops
+    write_crops(folder, count, 64, age=ages, sex=sexes, name=names, **{HOSTILE: [1.0] * count})
     rows = crops_folder.read_manifest(folder).to_pylist()
     for number, reason in enumerate(("small", "border", "small")):
         rows.append({"id": f"{number:016x}", "source": "photos/x.jpg", "status": "rejected", "reason": reason})
@@ -81,6 +82,9 @@ def test_crops_are_counted_by_label_size_and_reason(tmp_path):
     assert sorted(widths["sex (11)"]) == [1, 4, 6]
     assert heights["side of the square, px"] == 12
     assert widths["rejects"] == [2, 1]
+    assert widths["name (12)"] == [2] + [1] * 9 + [1]
+    names = [label.get_text() for label in titles["name (12)"].get_yticklabels()]
+    assert names[0] == "p01" and names[-1] == "1 other"
     assert sheet.lead.startswith("12 crops of 64 px, 3 rejects, in ")
 
 
@@ -348,6 +352,24 @@ def test_colours_of_numbers_and_classes():
     many = show_store.colouring("name", np.array([f"{number:02d}" for number in range(12)], object), 12)
     assert [name for name, _ in many.classes][-1] == "5 other values"
     assert len(many.classes) == show_store.MOST_CLASSES
+    assert many.chosen.startswith("Each of the 12 values is there once: coloured are the first 7 by name")
+    assert not classes.chosen
+    twice = show_store.colouring("name", np.array([f"{number:02d}" for number in [*range(12), 11]], object), 13)
+    assert twice.classes[0][0] == "11"
+    assert twice.chosen == "Coloured are the 7 most frequent of 12 values, the rest is grey."
+
+
+def test_long_values_are_told_apart_by_their_ends(tmp_path):
+    names = np.array([f"FLUX1_dev_image_of_a_person_with_hat_{number:05d}.png" for number in range(20)], object)
+    colours = show_store.colouring("subject", names, 20)
+    figure = Figure(figsize=show_store.MAP)
+    show_store._drawn_map(features_of(20, 2), colours, np.array([0.6, 0.4]))(figure)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(set(legend)) == len(legend) == 8
+    assert re.findall(r"</i>(.*?)</span>", show_store._key(colours)) == [
+        *(f"FLUX1_dev_image_of_a…_hat_{number:05d}.png" for number in range(7)),
+        "13 other values",
+    ]
 
 
 def test_large_stores_are_sampled_and_it_is_said(tmp_path, monkeypatch):

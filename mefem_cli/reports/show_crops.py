@@ -26,6 +26,7 @@ NUM_FACES, FACE_PX, FACE_INCHES = 48, 160, 0.92
 PANEL = (2.35, 1.55)  # inches
 MOST_LABELS, MOST_CLASSES, MOST_LETTERS = 12, 10, 18
 NUM_BINS = 24
+UNKNOWN = "#9aa0ab"  # what has no colour of its own
 TOLD_FIRST, MOST_TOLD = ("bmi", "age", "sex", "gender"), 2  # labels below a face, where --by names none
 
 
@@ -43,7 +44,8 @@ def sheet(folders: Sequence[Path], options: ShowOptions) -> Sheet:
     if labels:
         num_more = len(crops.labels) - MOST_LABELS
         more = f" Not shown: {plural(num_more, 'more label')}." if num_more > 0 else ""
-        rows.append(Row("Labels", labels, f"How many crops have which value; in brackets, how many have one.{more}"))
+        caption = f"How many crops have which value, of many the {MOST_CLASSES} most frequent; in brackets, how many "
+        rows.append(Row("Labels", labels, f"{caption}have one.{more}"))
     rows.append(Row("Sizes and scores", list(_measures(crops)), _sizes_caption(crops)))
     tail = []
     if reasons:
@@ -97,8 +99,12 @@ def shown(value: Any) -> str:
 
 
 def clipped(text: str, most: int = MOST_LETTERS) -> str:
-    """Return a text of at most so many letters, the last one an ellipsis where it is cut."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """Return a text of at most so many letters; a longer one lacks its middle, as names often differ in their ends.
+
+    >>> clipped("FLUX1_dev_image_00012.png", 16)
+    'FLUX1_de…012.png'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
 
 
 def _faces_caption(rows: np.ndarray, crops: Crops, by: str | None) -> str:
@@ -111,16 +117,18 @@ def _faces_caption(rows: np.ndarray, crops: Crops, by: str | None) -> str:
 
 
 def _panel_of(name: str, values: np.ndarray) -> Tile:
-    """Return a histogram of numbers, bars for a few classes, the number of values for many."""
+    """Return a histogram of numbers, or bars for the most frequent classes and one for all others."""
     if values.dtype.kind == "f":
         known = values[np.isfinite(values)]
         return Tile("", histogram(f"{clipped(name)} ({len(known):,})", known), size=PANEL)
     known = values[values != ""]
     counts = Counter(known.tolist())
     title = f"{clipped(name)} ({len(known):,})"
-    if len(counts) > MOST_CLASSES:
-        return Tile("", _words(title, f"{len(counts):,} values"), size=PANEL)
-    return Tile("", _bars(title, counts.most_common()), size=PANEL)
+    bars = counts.most_common(MOST_CLASSES)
+    num_others = len(counts) - len(bars)
+    if num_others:
+        bars.append((plural(num_others, "other"), len(known) - sum(count for _, count in bars)))
+    return Tile("", _bars(title, bars, last_is_rest=num_others > 0), size=PANEL)
 
 
 def histogram(title: str, values: np.ndarray, mark: float | None = None) -> Callable[[Any], None]:
@@ -162,26 +170,18 @@ def _is_whole(values: np.ndarray) -> bool:
     return bool((np.abs(values) < 1e15).all() and (values == np.round(values)).all())
 
 
-def _bars(title: str, counts: Sequence[tuple[str, int]]) -> Callable[[Any], None]:
+def _bars(title: str, counts: Sequence[tuple[str, int]], last_is_rest: bool = False) -> Callable[[Any], None]:
     def draw(figure: Any) -> None:
         width, height = _inches(figure)
         axis = _axis(figure, title, left=1.05 / width, bottom=0.3 / height)
         places = range(len(counts))
-        axis.barh(places, [count for _, count in counts], color=COLOURS[0], height=0.7)
+        colours = [COLOURS[0]] * (len(counts) - last_is_rest) + [UNKNOWN] * last_is_rest
+        axis.barh(places, [count for _, count in counts], color=colours, height=0.7)
         axis.set_yticks(places, [plain(clipped(name, 14)) for name, _ in counts])
         axis.tick_params(axis="y", labelsize=7.5 if len(counts) <= 8 else 6)
         axis.set_ylim(max(len(counts), 2) - 0.5, -0.5)
         axis.grid(False, axis="y")
         axis.locator_params(axis="x", nbins=4, integer=True)
-
-    return draw
-
-
-def _words(title: str, words: str) -> Callable[[Any], None]:
-    def draw(figure: Any) -> None:
-        axis = _axis(figure, title)
-        axis.set(xticks=[], yticks=[])
-        axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes)
 
     return draw
 

@@ -23,7 +23,7 @@ from mefem_cli.errors import NoInputError, UsageError, did_you_mean
 from mefem_cli.reports import html
 from mefem_cli.reports.curves import COLOURS, INK
 from mefem_cli.reports.probe_faces import Faces, jpeg
-from mefem_cli.reports.show_crops import clipped, shown, told
+from mefem_cli.reports.show_crops import UNKNOWN, clipped, shown, told
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, plain
 from mefem_cli.stores.features import FeatureStore
 
@@ -37,7 +37,6 @@ MOST_CLASSES = 8
 HASHED_BYTES = 1 << 30  # a larger store is told by its encoder and ids, not by the hash of all its bytes
 # Eight colours that people with any kind of colour vision tell apart (Okabe and Ito 2008; its black is grey here).
 CLASSES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8f9c")
-UNKNOWN = "#9aa0ab"
 LOW = 0.12  # of viridis: its darkest colours do not show on a dark page
 MAP, SPECTRUM = (6.4, 4.6), (4.6, 2.6)  # inches
 VIEW = (900, 640, 14)  # of the map on a page: width, height, margin
@@ -177,6 +176,7 @@ class Colouring:
     classes: Sequence[tuple[str, str]]  # name and colour; of a number none
     limits: tuple[float, float] | None  # of a number: the values of the ends of the bar
     name: str
+    chosen: str = ""  # of more classes than there are colours: which have one
 
 
 def colouring(name: str | None, values: np.ndarray | None, num: int) -> Colouring:
@@ -201,9 +201,12 @@ def colouring(name: str | None, values: np.ndarray | None, num: int) -> Colourin
     for one, colour in zip(kept, CLASSES, strict=False):
         colours[values == one] = colour
     classes = list(zip(map(str, kept), CLASSES, strict=False))
+    chosen = f"Coloured are the {len(kept)} most frequent of {len(names):,} values, the rest is grey."
+    if counts.max(initial=1) == 1:
+        chosen = f"Each of the {len(names):,} values is there once: coloured are the first {len(kept)} by name."
     rest = [f"{len(names) - len(kept)} other values"] if others else []
     rest += ["no value"] if (values == "").any() else []
-    return Colouring(colours, [*classes, *([(", ".join(rest), UNKNOWN)] if rest else [])], None, name)
+    return Colouring(colours, [*classes, *([(", ".join(rest), UNKNOWN)] if rest else [])], None, name, chosen * others)
 
 
 def _viridis(share: np.ndarray) -> list[str]:
@@ -227,6 +230,7 @@ def _map_row(
         f"most, which hold {100 * found.shares[0]:.0f} and {100 * found.shares[1]:.0f} % of the variance: what lies "
         f"together here may lie apart in the others. {sampled}"
     )
+    caption += f" {colours.chosen}" if colours.chosen else ""
     title = f"Map of faces by {by}" if by else "Map of faces"
     page = _page_map(store, points, drawn, colours, found.shares) if is_page else ""
     hint = " A face's crop shows under the pointer; crops that are gone or have changed show none." if is_page else ""
@@ -321,7 +325,8 @@ def _reduced(pixels: np.ndarray) -> np.ndarray:
 
 def _key(colours: Colouring) -> str:
     items = [
-        f'<span><i style="background: {colour}"></i>{escape(name[:40])}</span>' for name, colour in colours.classes
+        f'<span><i style="background: {colour}"></i>{escape(clipped(name, 40))}</span>'
+        for name, colour in colours.classes
     ]
     if colours.limits:
         stops = ", ".join(_viridis(np.linspace(0, 1, 9)))
