@@ -367,7 +367,7 @@ def test_long_values_are_told_apart_by_their_ends(tmp_path):
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert len(set(legend)) == len(legend) == 8
     assert re.findall(r"</i>(.*?)</span>", show_store._key(colours)) == [
-        *(f"FLUX1_dev_image_of_a…_hat_{number:05d}.png" for number in range(7)),
+        *(f"FLUX1_dev_image_of_a…_with_hat_{number:05d}.png" for number in range(7)),
         "13 other values",
     ]
 
