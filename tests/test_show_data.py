@@ -27,6 +27,7 @@ from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.evaluation import saved
 from mefem_cli.probes import attentive
 from mefem_cli.reports import health, show_attention, show_crops, show_runs, show_sheet, show_store
+from mefem_cli.reports.curves import draw_panel
 from mefem_cli.showing import ShowOptions
 from mefem_cli.stores import crops as crops_folder
 from mefem_cli.stores.ablations import CellRecord, StrandRecord
@@ -219,7 +220,21 @@ def test_runs_side_by_side_name_what_differs(tmp_path, mefem_command, monkeypatc
     assert "<script>alert" not in page and "<img src=x" not in page
     assert "<td>lr</td><td>0.001</td><td>0.011" in page
     assert "<td>warmup_epochs</td>" not in page
-    assert mefem_command("show", "run", "a", HOSTILE.replace("/", ""), "-o", "both.png")[0] == 0
+    assert mefem_command("show", "run", "a", HOSTILE.replace("/", ""), "-o", "both.svg")[0] == 0
+    picture = Path("both.svg").read_text()
+    assert "It dips as learning begins" in picture and "Shares of the variance by direction" in picture
+
+
+def test_runs_of_no_epochs_have_whole_numbers_below_their_points(tmp_path):
+    panels = show_runs.compare({"a": list(measured_run(tmp_path / "a", epochs=0).metrics())})
+    for panel in panels:
+        figure = Figure()
+        draw_panel(figure, panel)
+        FigureCanvasAgg(figure).draw()
+        axis = figure.axes[0]
+        low, high = axis.get_xlim()
+        shown = [tick.label1.get_text() for tick in axis.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        assert shown == (["0"] if panel.name != "spectrum" else ["1", "2"])
 
 
 def test_a_run_is_judged_as_on_its_own_page(tmp_path, mefem_command, monkeypatch):
@@ -352,11 +367,11 @@ def test_colours_of_numbers_and_classes():
     many = show_store.colouring("name", np.array([f"{number:02d}" for number in range(12)], object), 12)
     assert [name for name, _ in many.classes][-1] == "5 other values"
     assert len(many.classes) == show_store.MOST_CLASSES
-    assert many.chosen.startswith("Each of the 12 values is there once: coloured are the first 7 by name")
+    assert many.chosen.startswith("7 of 12 values are coloured, the first by name, as each is there once; the others")
     assert not classes.chosen
     twice = show_store.colouring("name", np.array([f"{number:02d}" for number in [*range(12), 11]], object), 13)
     assert twice.classes[0][0] == "11"
-    assert twice.chosen == "Coloured are the 7 most frequent of 12 values, the rest is grey."
+    assert twice.chosen == "7 of 12 values are coloured, the most frequent; the others are grey."
 
 
 def test_long_values_are_told_apart_by_their_ends(tmp_path):

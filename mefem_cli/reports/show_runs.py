@@ -24,7 +24,7 @@ from mefem_cli.stores.runs import ENCODER_FILES, Run
 
 Metrics = dict[str, Any]
 RUNS = Path("runs")
-PANEL, LINE = (4.6, 2.2), 0.085  # inches; a line of the title as a share of the height
+PANEL, LINE = (4.6, 2.4), 0.078  # inches; a line of the title as a share of the height
 TITLE_LETTERS = 58  # of a panel's title, in a line
 KEY_WIDTH, KEY_LINE, KEY_LETTERS = 2 * PANEL[0], 0.2, 120  # of the key above all panels: inches, and letters of a line
 ONE_LINE_EACH = len(curves.COLOURS)  # runs; those beyond are dashed in the same colours
@@ -47,6 +47,7 @@ COMPARED = {
     "grad_norm": 0,
     "throughput": 0,
 }
+READINGS = {"throughput": "Faces per second."}  # of panels that have another axis on the health page
 
 
 def opened(path: Path | None) -> Run:
@@ -131,7 +132,7 @@ def _sheet(found: Sequence[Run]) -> Sheet:
     lines = list(map(_line, names, found))
     key, size = _key([f"{name}: {verdict}" for name, _, _, verdict, _ in lines]), (KEY_WIDTH, KEY_LINE * len(lines))
     unnamed = [replace(panel, curves=[replace(one, label="") for one in panel.curves]) for panel in compared]
-    tiles = [Tile("", key, size=size), *(Tile("", _drawer(panel), size=PANEL) for panel in unnamed)]
+    tiles = [Tile("", key, size=size), *(Tile(panel.reading, _drawer(panel), size=PANEL) for panel in unnamed)]
     figures = "".join(
         f"<figure><h3>{escape(panel.title)}</h3>{curves.draw(panel)}<figcaption>{escape(panel.reading)}</figcaption></figure>"
         for panel in unnamed
@@ -203,7 +204,7 @@ def _compared(of_runs: dict[str, Panel], which: int, names: Sequence[str]) -> Pa
         title += " (at the end)"
     elif len(panel.curves) > 1 and panel.curves[which].label:
         title += f": {panel.curves[which].label}"
-    return replace(panel, title=title, curves=chosen, right=[])
+    return replace(panel, title=title, reading=READINGS.get(panel.name, panel.reading), curves=chosen, right=[])
 
 
 def _panels(rows: Sequence[Metrics]) -> Iterator[Panel]:
@@ -228,7 +229,7 @@ def _key(texts: Sequence[str]) -> Callable[[Any], None]:
 def _drawer(panel: Panel) -> Callable[[Any], None]:
     def draw(figure: Any) -> None:
         title = textwrap.fill(panel.title, TITLE_LETTERS)
-        figure.text(0.02, 0.985, plain(title), size=9, weight="bold", va="top")
+        figure.text(0.02, 0.95, plain(title), size=9, weight="bold", va="top")
         curves.draw_panel(_Placed(figure, len(title.splitlines())), panel)  # type: ignore[arg-type]
 
     return draw
@@ -239,11 +240,11 @@ class _Placed:
 
     def __init__(self, figure: Any, num_lines: int):
         self._figure = figure
-        self._top = 0.97 - LINE * num_lines  # of the axis, below its title
+        self._top = 0.935 - LINE * num_lines  # of the axis, below its title
 
     def add_subplot(self) -> Any:
         """Return the one axis."""
-        return axes_at(self._figure, 0.13, 0.17, 0.85, self._top - 0.17)
+        return axes_at(self._figure, 0.13, 0.205, 0.85, self._top - 0.205)
 
     @property
     def axes(self) -> list[Any]:

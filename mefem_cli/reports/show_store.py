@@ -201,9 +201,8 @@ def colouring(name: str | None, values: np.ndarray | None, num: int) -> Colourin
     for one, colour in zip(kept, CLASSES, strict=False):
         colours[values == one] = colour
     classes = list(zip(map(str, kept), CLASSES, strict=False))
-    chosen = f"Coloured are the {len(kept)} most frequent of {len(names):,} values, the rest is grey."
-    if counts.max(initial=1) == 1:
-        chosen = f"Each of the {len(names):,} values is there once: coloured are the first {len(kept)} by name."
+    how = "the first by name, as each is there once" if counts.max(initial=1) == 1 else "the most frequent"
+    chosen = f"{len(kept)} of {len(names):,} values are coloured, {how}; the others are grey."
     rest = [f"{len(names) - len(kept)} other values"] if others else []
     rest += ["no value"] if (values == "").any() else []
     return Colouring(colours, [*classes, *([(", ".join(rest), UNKNOWN)] if rest else [])], None, name, chosen * others)
@@ -228,13 +227,13 @@ def _map_row(
     caption = (
         "Each point is a face; near ones have similar features. Along the two directions in which the features vary "
         f"most, which hold {100 * found.shares[0]:.0f} and {100 * found.shares[1]:.0f} % of the variance: what lies "
-        f"together here may lie apart in the others. {sampled}"
+        "together here may lie apart in the others."
     )
-    caption += f" {colours.chosen}" if colours.chosen else ""
+    hint = "A face's crop shows under the pointer; crops that are gone or have changed show none." if is_page else ""
+    caption = " ".join(filter(None, (caption, sampled, colours.chosen, hint)))
     title = f"Map of faces by {by}" if by else "Map of faces"
     page = _page_map(store, points, drawn, colours, found.shares) if is_page else ""
-    hint = " A face's crop shows under the pointer; crops that are gone or have changed show none." if is_page else ""
-    return Row(title, [Tile("", _drawn_map(points, colours, found.shares), size=MAP)], caption + hint, page=page)
+    return Row(title, [Tile("", _drawn_map(points, colours, found.shares), size=MAP)], caption, page=page)
 
 
 def _drawn_map(points: np.ndarray, colours: Colouring, shares: np.ndarray) -> Callable[[Any], None]:
