@@ -357,6 +357,21 @@ def test_weights_are_those_of_the_loss_and_the_other_sign_is_their_complement(gr
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), weights)
 
 
+@pytest.mark.parametrize(
+    ("grid", "r0", "said", "hair"),
+    [
+        (14, 5.5, "0.999 in the middle, 0.004 in the corners;", True),
+        (2, 5.5, "all patches weigh the same on so small a grid, 0.695;", False),
+        (14, 90.0, "all patches weigh the same, 1.000;", False),
+        (14, 0.1, "0.287 in the middle, 0.000 in the corners;", True),
+    ],
+)
+def test_the_words_below_weights_fit_them(grid, r0, said, hair):
+    caption = show_weights.sheet(grid, r0, 1.5).rows[0].caption
+    assert f"Left as trained: {said}" in caption
+    assert ("hair and background" in caption) == hair
+
+
 def test_the_profile_passes_one_half_at_r0():
     figure = Figure()
     show_weights.sheet(14, 5.0, 2.0).rows[0].tiles[2].draw(figure)

@@ -12,6 +12,7 @@ from mefem_cli.reports.show_sheet import Row, Sheet, Tile, axes_at, without_axes
 
 PAPER_GRID = 14
 SIDE, BAR_WIDTH, PROFILE_WIDTH = 2.1, 0.48, 4.6  # inches; the second map has the bar of both
+FACE = 5.5 / PAPER_GRID  # of the image's side: how far the face reaches from its middle, by the paper's r0
 STEEP = 2.0  # r0 +- 2 / sigma: the weight is .88 and .12 there
 
 
@@ -49,17 +50,16 @@ def sheet(grid: int, r0: float, sigma: float) -> Sheet:
         "Circular weight of a target patch in the loss, w(r) = 1 / (1 + exp(sigma (r - r0))), r the distance of its "
         f"centre from the image's in patches. Grid {grid} x {grid}, r0 = {radius:g}, sigma = {steepness:g}."
     )
-    middle, corner = ours[grid // 2, grid // 2], ours[0, 0]
     caption = (
-        f"Left as trained: {middle:.3f} in the middle, {corner:.2g} in the corners; all {grid * grid} patches together "
-        f"count as {ours.sum():.1f} of weight 1. Beside it with exp(-sigma (r - r0)), the sign of the paper's formula, "
-        f"which contradicts its text: {printed.sum():.1f}, most of it hair and background. The CLS token has weight 1."
+        f"Left as trained: {_extremes(ours)}; all {grid * grid} together count as {ours.sum():.1f} of weight 1. "
+        "Beside it with exp(-sigma (r - r0)), the sign of the paper's formula, which contradicts its text: "
+        f"{printed.sum():.1f}{_where_most(printed)}. The CLS token has weight 1."
     )
     wide = STEEP / steepness
     reading = (
         "The curves show it over the distance from the middle: dots are the distances that occur on the grid. At r0 it "
         f"is 1/2; it falls from .88 to .12 within r0 ± 2 / sigma, from {radius - wide:.2f} to {radius + wide:.2f} "
-        f"patches (shaded). A side of the image is {grid / 2:g} patches from the middle, a corner "
+        f"patches (shaded). A side of the image is {grid / 2:g} {'patch' if grid == 2 else 'patches'} from the middle, a corner "
         f"{grid / 2 * 2**0.5:.1f}."
     )
     tiles = [
@@ -68,6 +68,21 @@ def sheet(grid: int, r0: float, sigma: float) -> Sheet:
         Tile("over the radius", _profile(grid, radius, steepness), size=(PROFILE_WIDTH, SIDE)),
     ]
     return Sheet("Weights of the loss", lead, [Row("", tiles, f"{caption} {reading}")])
+
+
+def _extremes(weights: np.ndarray) -> str:
+    """Say how much the patches in the middle and in the corners of weights [L, L] count."""
+    middle, corner = weights[len(weights) // 2, len(weights) // 2], weights[0, 0]
+    if np.ptp(weights) < 1e-12:
+        why = " on so small a grid" if len(weights) == 2 else ""
+        return f"all patches weigh the same{why}, {middle:.3f}"
+    return f"{middle:.3f} in the middle, {corner:.3f} in the corners"
+
+
+def _where_most(weights: np.ndarray) -> str:
+    """Say what most of weights [L, L] lies on, where that is what surrounds the face."""
+    outside = weights[radius_of_patches(len(weights)) > FACE * len(weights)].sum()
+    return ", most of it hair and background" if outside > max(weights.sum() / 2, 0.05) else ""
 
 
 def _map(weights: np.ndarray, with_bar: bool = False) -> Callable[[Any], None]:
