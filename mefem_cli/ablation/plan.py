@@ -246,8 +246,9 @@ def _told_time(plan: dict[str, Any]) -> str:
     if not seconds and is_whole:
         states = {state for cell in plan["cells"] for state in cell["states"]}
         return "all is finished" if states == {"finished"} else "only probing is left"
-    took = about(seconds) if is_whole else f"over {duration(seconds)}, as not all can be told"
+    took = about(seconds) if is_whole else f"over {duration(seconds)}"
+    some = "" if is_whole else " (of some it cannot be told)"
     return (
-        f"time: {took} of training and embedding, by steps timed here; start and reports take some seconds an encoder, "
-        "and probing comes on top"
+        f"time: {took} of training and embedding{some}, by steps timed here; start and reports take some seconds an "
+        "encoder, and probing comes on top"
     )
