@@ -170,8 +170,10 @@ def test_a_file_of_others_stays(tmp_path):
 
 def test_a_long_row_goes_on_in_the_next_line():
     tiles = [Tile("", lambda figure: None, size=(3.0, 1.0))] * 7
-    lines = show_sheet._lines_of(tiles)
-    assert [len(line) for line in lines] == [3, 3, 1]
+    assert [len(line) for line in show_sheet._lines_of(Row("", tiles))] == [3, 3, 1]
+    for num, expected in ((5, [3, 2, 2]), (4, [3, 3])):
+        lines = show_sheet._lines_of(Row("", tiles[:num], together=tiles[num : num + 2]))
+        assert [len(line) for line in lines] == expected
 
 
 def test_names_of_tiles_grow_downwards_from_below_the_picture():
@@ -261,7 +263,7 @@ def test_chances_of_multiblock_are_counted_and_it_says_so():
     assert [round(mode.p_source.sum()) for mode in found] == [48, 12]
     assert [round(mode.p_target.sum()) for mode in found] == [100, 144]
     assert not any(mode.is_exact for mode in found)
-    row = show_masks._row(found[0], smooth_faces(1, 224)[0], ShowOptions(cls_prob=None, samples=2))
+    row = show_masks._row(found[0], smooth_faces(1, 224)[0], ShowOptions(cls_prob=None, samples=2), (1, 1))
     assert "counted over 20,000 draws" in row.caption
     assert "48 source and 100 target patches, 48 in neither" in row.caption
 
@@ -270,7 +272,7 @@ def test_what_is_drawn_is_the_draw_and_its_chances(few_draws):
     options = ShowOptions(samples=2)
     (mode,) = modes("stripes", samples=2)
     face = smooth_faces(1, 224)[0]
-    row = show_masks._row(mode, face, options)
+    row = show_masks._row(mode, face, options, (0.5, 1.0))
     assert len(row.tiles) == 2 and len(row.together) == 2
     for number, tile in enumerate(row.tiles):
         figure = Figure(figsize=tile.size)
@@ -282,10 +284,34 @@ def test_what_is_drawn_is_the_draw_and_its_chances(few_draws):
         assert (veiled[:, 2] > veiled[:, 0]).all()  # blue, whatever the face
         words = [text.get_text() for text in figure.axes[0].texts]
         assert words == ["CLS", "in source" if mode.cls_in_source[number] else "in target"]
-    for tile, chance in zip(row.together, (mode.p_source, mode.p_target), strict=True):
+    for tile, chance, end in zip(row.together, (mode.p_source, mode.p_target), (0.5, 1), strict=True):
         figure = Figure(figsize=tile.size)
         tile.draw(figure)
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), chance)
+        assert figure.axes[0].images[0].get_clim() == (0, end)
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        ({"cls_prob": 0.5, "mask": ["stripes"]}, ["source", "target", "moved"]),
+        ({"cls_prob": 0.0, "mask": ["stripes"]}, ["source", "target"]),
+        ({"cls_prob": None, "mask": ["stripes,multiblock"]}, ["source", "target", "in"]),
+    ],
+)
+def test_the_legend_has_what_the_draws_have_and_all_rows_one_scale(words, kinds, few_draws, monkeypatch):
+    monkeypatch.setattr(show_masks, "rendered_face", lambda side: smooth_faces(1, side)[0])
+    legend, *rows = show_masks.sheet(ShowOptions(**words), Given({})).rows
+    figure = Figure(figsize=legend.tiles[0].size)
+    legend.tiles[0].draw(figure)
+    assert [text.get_text().split()[0].strip(":") for text in figure.axes[0].texts] == kinds
+    for pair in zip(*(row.together for row in rows), strict=True):
+        images = []
+        for tile in pair:
+            figure = Figure(figsize=tile.size)
+            tile.draw(figure)
+            images.append(figure.axes[0].images[0])
+        assert {image.get_clim() for image in images} == {(0, max(image.get_array().max() for image in images))}
 
 
 @pytest.mark.parametrize("grid", [28, 64])

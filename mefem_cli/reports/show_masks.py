@@ -6,7 +6,7 @@ and `splits` are asked, so CLS token and the border patch that makes room for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +62,16 @@ def sheet(options: ShowOptions, given: Given) -> Sheet:
         raise UsageError(f"--grid {options.grid}: no mask fits it; try --grid 14")
     if face is None:
         face = rendered_face(PATCH_PX * options.grid)
-    rows = [Row("", [Tile("", _legend(options.cls_prob is not None), size=LEGEND_INCHES)])]
-    rows += [_row(mode, face, options) for mode in modes]
+    largest = max(mode.p_source.max() for mode in modes), max(mode.p_target.max() for mode in modes)
+    rows = [Row("", [Tile("", _legend(modes), size=LEGEND_INCHES)])]
+    rows += [_row(mode, face, options, largest) for mode in modes]
     lead = (
         f"What the encoder sees and what it must predict, on a grid of {options.grid} x {options.grid} patches. "
         f"Draws 1 to {options.samples or NUM_SAMPLES} of seed {options.seed}, not chosen by hand."
     )
+    if len(modes) > 1:
+        lead += f" P(source) has one scale of colours in all rows, 0 to {largest[0]:.2f}, P(target) another, 0 to "
+        lead += f"{largest[1]:.2f}."
     return Sheet("Masks of pretraining", lead, rows)
 
 
@@ -167,14 +171,15 @@ def _moved(split: Split, num_tokens: int, has_cls: bool) -> np.ndarray:
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def _row(mode: Mode, face: np.ndarray, options: ShowOptions) -> Row:
+def _row(mode: Mode, face: np.ndarray, options: ShowOptions, largest: tuple[float, float]) -> Row:
+    """Return the draws and chances of a mode; `largest` chances of source and target end the scales of colours."""
     tiles = [
         Tile("", _sample(mode, number, face), size=(SAMPLE_INCHES, SAMPLE_INCHES * (1 + HEADROOM)))
         for number in range(len(mode.source))
     ]
     size = (HEAT_INCHES, SAMPLE_INCHES * (1 + HEADROOM))
-    chances = {"P(source)": mode.p_source, "P(target)": mode.p_target}
-    heat = [Tile("", _heat(chance, name), size=size) for name, chance in chances.items()]
+    chances = (("P(source)", mode.p_source), ("P(target)", mode.p_target))
+    heat = [Tile("", _heat(*one, end), size=size) for one, end in zip(chances, largest, strict=True)]
     title = f"{mode.mask}, {mode.name}" if mode.name else mode.mask
     return Row(title, tiles, _caption(mode, options), together=heat)
 
@@ -275,12 +280,14 @@ def _cls_token(axis: Any, in_source: bool, unit: float) -> None:
     axis.text(4.0 * unit, -1.25 * unit, "in source" if in_source else "in target", size=7, va="center_baseline")
 
 
-def _legend(has_cls: bool) -> Callable[[Any], None]:
-    """Draw what the patches mean."""
+def _legend(modes: Sequence[Mode]) -> Callable[[Any], None]:
+    """Draw what the patches mean, of the kinds that the draws have."""
     skin = (0.83, 0.64, 0.53)
-    kinds = [("source: seen", skin), ("target: to be predicted", TARGET), ("in neither", NEITHER)]
-    if has_cls:
-        kinds.insert(2, ("moved to the target for CLS", TARGET))
+    kinds = [("source: seen", skin), ("target: to be predicted", TARGET)]
+    if any(mode.moved.any() for mode in modes):
+        kinds.append(("moved to the target for CLS", TARGET))
+    if any((~(mode.source | mode.target)).any() for mode in modes):
+        kinds.append(("in neither", NEITHER))
 
     def draw(figure: Any) -> None:
         from matplotlib.patches import Rectangle
@@ -304,12 +311,12 @@ def _legend(has_cls: bool) -> Callable[[Any], None]:
     return draw
 
 
-def _heat(chance: np.ndarray, name: str) -> Callable[[Any], None]:
-    """Draw probabilities [L, L] from 0 to the largest, as high as the face beside it."""
+def _heat(name: str, chance: np.ndarray, largest: float) -> Callable[[Any], None]:
+    """Draw probabilities [L, L] from 0 to `largest`, as high as the face beside it."""
     share = 1 / (1 + HEADROOM)  # of the height, as the CLS token stands above the face
 
     def draw(figure: Any) -> None:
-        heat_map(figure, chance, name, float(chance.max()), share)
+        heat_map(figure, chance, name, largest, share)
 
     return draw
 

@@ -66,7 +66,7 @@ class Row:
     title: str
     tiles: Sequence[Tile]
     caption: str = ""
-    together: Sequence[Tile] = ()  # more tiles, which a narrow page keeps side by side
+    together: Sequence[Tile] = ()  # more tiles, which stay side by side
     page: str = ""  # HTML that a page shows instead of the tiles
 
     @property
@@ -202,11 +202,11 @@ Lines = tuple[str, float, str, str]  # text, font size, weight, colour
 def _blocks(sheet: Sheet) -> list[tuple[float, list[Tile], Lines]]:
     """Return what stands below one another: height in inches, and tiles or lines of text."""
     no_text: Lines = ("", 0, "", "")
-    width = max([5.0, *(_width(line) for row in sheet.rows for line in _lines_of(row.all_tiles))])
+    width = max([5.0, *(_width(line) for row in sheet.rows for line in _lines_of(row))])
     blocks = [_text(sheet.title, 13, "bold", curves.INK, width), _text(sheet.lead, 9, "normal", SOFT, width)]
     for row in sheet.rows:
         blocks += [_text(row.title, 10, "bold", curves.INK, width)] if row.title else []
-        for tiles in _lines_of(row.all_tiles):
+        for tiles in _lines_of(row):
             blocks.append((max(tile.size[1] for tile in tiles) + _title_height(tiles), tiles, no_text))
         blocks += [_text(row.caption, 8, "normal", SOFT, width)] if row.caption else []
     return blocks
@@ -231,13 +231,14 @@ def _width(tiles: Sequence[Tile]) -> float:
     return sum(tile.size[0] + GAP for tile in tiles)
 
 
-def _lines_of(tiles: Sequence[Tile]) -> list[list[Tile]]:
+def _lines_of(row: Row) -> list[list[Tile]]:
+    """Return the tiles of a row in lines that are as wide as a picture; `row.together` are in one of them."""
     lines: list[list[Tile]] = []
-    for tile in tiles:
-        if lines and _width([*lines[-1], tile]) <= PICTURE_WIDTH:
-            lines[-1].append(tile)
+    for group in [*([tile] for tile in row.tiles), *([list(row.together)] if row.together else [])]:
+        if lines and _width([*lines[-1], *group]) <= PICTURE_WIDTH:
+            lines[-1] += group
         else:
-            lines.append([tile])
+            lines.append(group)
     return lines
 
 

@@ -59,8 +59,8 @@ def sheet(grid: int, r0: float, sigma: float) -> Sheet:
     reading = (
         "The curves show it over the distance from the middle: dots are the distances that occur on the grid. At r0 it "
         f"is 1/2; it falls from .88 to .12 within r0 ± 2 / sigma, from {radius - wide:.2f} to {radius + wide:.2f} "
-        f"patches (shaded). A side of the image is {grid / 2:g} {'patch' if grid == 2 else 'patches'} from the middle, a corner "
-        f"{grid / 2 * 2**0.5:.1f}."
+        f"patches (shaded). A side of the image is {grid / 2:g} {'patch' if grid == 2 else 'patches'} from the middle, "
+        f"a corner {grid / 2 * 2**0.5:.1f}."
     )
     tiles = [
         Tile("mefem: the face counts", _map(ours), size=(SIDE, SIDE)),
