@@ -554,7 +554,12 @@ def test_runs_without_a_class_token_are_told_so(tmp_path, mefem_command):
     assert code == 2 and "no CLS token; name an attentive head" in stderr
     head = attentive_head(tmp_path / "x.head", tmp_path / "run", features="patches")
     sheet = show_attention.sheet([str(tmp_path / "run"), str(tmp_path / "crops")], ShowOptions(head=str(head)))
-    assert [tile.title for tile in sheet.rows[0].tiles] == ["crop", "pooler"]
+    crop, pooler = sheet.rows[0].tiles
+    with Image.open(tmp_path / "crops" / "images" / "0000.jpg") as image:
+        shares = show_attention.look(vit.load_encoder(tmp_path / "run")[0], np.asarray(image), saved.load(head)).pooler
+    assert crop.title == "crop"
+    assert pooler.title == f"pooler: {64 * shares.min():.2f} to {64 * shares.max():.2f}"
+    assert "in even shares" in sheet.lead and shares.max() > 1.05 * shares.min()
 
 
 def test_too_many_faces_are_refused(run_folder, tmp_path):

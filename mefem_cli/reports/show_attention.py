@@ -30,7 +30,10 @@ RUNS = Path("runs")
 NUM_OF_FOLDER, MOST_FACES = 6, 32
 SHOWN_PX = 160
 LEAST_INCHES, MOST_INCHES = 0.9, 1.5  # side of a tile
-SCALE = "Dark blue: nothing, green: an even share, yellow: twice that or more, on one scale for all."
+SCALE = (
+    "Dark blue: nothing, green: an even share, yellow: twice that or more, on one scale for all. Below each the least "
+    "and the most that a patch gets, in even shares; the mean is that of the heads."
+)
 
 
 @dataclass(frozen=True)
@@ -130,17 +133,21 @@ def _row(name: str, image: np.ndarray, face: np.ndarray, encoder: vit.ViTEncoder
     tiles = [Tile("crop", None, face, size)]
     caption = []
     if len(looks.heads):
-        tiles.append(Tile("mean of heads", None, with_heat(face, looks.mean), size))
-        tiles += [
-            Tile(f"head {number}", None, with_heat(face, one), size) for number, one in enumerate(looks.heads, start=1)
-        ]
+        tiles.append(_tile("mean", face, looks.mean, size))
+        tiles += [_tile(f"head {number}", face, one, size) for number, one in enumerate(looks.heads, start=1)]
         kept = ", ".join(f"{100 * share:.0f}" for share in looks.to_itself)
         caption.append(f"CLS keeps {kept} % to itself.")
     if looks.pooler is not None:
-        tiles.append(Tile("pooler", None, with_heat(face, looks.pooler), size))
+        tiles.append(_tile("pooler", face, looks.pooler, size))
         if looks.pooler_to_cls:
             caption.append(f"The pooler takes {100 * looks.pooler_to_cls:.0f} % from the CLS token.")
     return Row(printable(name), tiles, " ".join(caption))
+
+
+def _tile(name: str, face: np.ndarray, shares: np.ndarray, size: tuple[float, float]) -> Tile:
+    """Return a face under shares [L, L], named with the least and the most of them in even shares."""
+    low, high = (float(one) * shares.size for one in (shares.min(), shares.max()))
+    return Tile(f"{name}: {low:.2f} to {high:.2f}", None, with_heat(face, shares), size)
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
