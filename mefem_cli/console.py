@@ -109,8 +109,11 @@ def plural(count: int, thing: str, things: str | None = None) -> str:
     return f"{count} {thing if count == 1 else things or thing + 's'}"
 
 
-def table(content: Table) -> None:
-    """Print a rich table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
+def table(content: Table, wraps: bool = False) -> None:
+    """Print a rich table on stdout: as wide as the terminal, or as wide as it needs in a pipe.
+
+    `wraps`: in a pipe too it is no wider than COLUMNS, 80 where that is not set.
+    """
     from rich.console import Console
 
     class Terminal(Console):
@@ -120,7 +123,7 @@ def table(content: Table) -> None:
             ignore_stdout()
 
     terminal = Terminal(soft_wrap=False)
-    if not terminal.is_terminal:
+    if not terminal.is_terminal and not wraps:
         unlimited = Console(width=1 << 14)  # a measure never exceeds its console
         terminal = Terminal(width=max(80, unlimited.measure(content).maximum), color_system=None)
     terminal.print(content)

@@ -68,7 +68,7 @@ def default_out(kind: str) -> Path:
 
 
 def draw(kind: str, arguments: Sequence[str], options: ShowOptions, given: Given, is_page: bool) -> Sheet:
-    """Return the sheet of a kind other than parts; `is_page`: it becomes a page, not a picture.
+    """Return the sheet of a kind; `is_page`: it becomes a page, not a picture.
 
     `given` holds the options of the masks. Raises what the kind's own function raises.
     """
@@ -79,6 +79,7 @@ def draw(kind: str, arguments: Sequence[str], options: ShowOptions, given: Given
         "run": lambda: _runs(arguments),
         "store": lambda: _store(arguments, options, is_page),
         "attention": lambda: _attention(arguments, options),
+        "parts": lambda: _parts(arguments, is_page),
     }
     return makers[kind]()
 
@@ -129,6 +130,14 @@ def _store(arguments: Sequence[str], options: ShowOptions, is_page: bool) -> She
     if len(arguments) > 1:
         raise UsageError(f"store: one feature store at a time, not {len(arguments)}; type mefem show store FILE")
     return show_store.sheet(Path(arguments[0]) if arguments else STORE, options, is_page)
+
+
+def _parts(arguments: Sequence[str], is_page: bool) -> Sheet:
+    from mefem_cli.reports import show_parts
+
+    if not is_page:
+        raise UsageError("parts are words, no picture; name a page, as in mefem show parts -o parts.html")
+    return show_parts.sheet(arguments)
 
 
 def _attention(arguments: Sequence[str], options: ShowOptions) -> Sheet:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from html import unescape
 from pathlib import Path
 
 import matplotlib
@@ -60,6 +61,7 @@ HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\frac{"
         (("attention", "missing"), 3, "no such run or crop"),
         (("attention",), 3, "runs/latest: no finished run"),
         (("parts", "mask"), 2, 'did you mean "masks"'),
+        (("parts", "-o", "parts.png"), 2, "mefem show parts -o parts.html"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, code, said, mefem_command, tmp_path):
@@ -436,13 +438,28 @@ def test_every_part_is_told_with_its_options(mefem_command):
     assert {"--mask stripes", "--backbone NAME", "--model farl:PATH", "--head knn", "mefem probe bmi"} <= typed
 
 
-def test_parts_as_a_table_hold_every_option(mefem_command):
+def test_parts_as_a_table_hold_every_option(mefem_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     code, stdout, stderr = mefem_command("show", "parts", "masks", "objectives")
     assert (code, stderr) == (0, "")
     for part in show_parts.every_part(["masks", "objectives"]):
         assert part.typed in stdout and part.summary in stdout
         assert all(f"{one.flag} {one.metavar}" in stdout and one.help in stdout for one in part.options)
     assert "mefem probe" not in stdout
+    monkeypatch.delenv("COLUMNS")
+    narrow = mefem_command("show", "parts")[1]
+    assert max(map(len, narrow.splitlines())) == 80
+    assert all(part.typed in narrow for part in show_parts.every_part())
+
+
+def test_parts_as_a_page_hold_every_option(mefem_command):
+    code, stdout, stderr = mefem_command("show", "parts", "masks", "probes", "-o", "parts.html")
+    assert (code, stderr) == (0, "")
+    page = unescape(Path(stdout.strip()).read_text())
+    for part in show_parts.every_part(["masks", "probes"]):
+        assert f"<td>{part.typed}</td><td>{part.summary}</td>" in page
+        assert all(f"<td>{one.flag} {one.metavar}</td><td>{one.help}" in page for one in part.options)
+    assert "(default 0.175)</td>" in page and "mefem probe" not in page
 
 
 def test_a_room_that_is_none_is_refused():

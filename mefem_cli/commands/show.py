@@ -32,7 +32,7 @@ def run(arguments: list[str], given: Given) -> None:
         raise UsageError(f'there is no picture of "{kind}"{did_you_mean(kind, showing.USES)}')
     options = given.build("showing", "ShowOptions")
     _warn_of_no_effect(kind, given)
-    if kind == "parts":
+    if kind == "parts" and options.out is None:
         _parts(rest)
     else:
         _picture(kind, rest, options, given)
@@ -77,7 +77,7 @@ def _parts(arguments: list[str]) -> None:
     if console.wants_json():
         console.emit(show_parts.as_json(found))
     else:
-        console.table(show_parts.table(found))
+        console.table(show_parts.table(found), wraps=True)
 
 
 def _warn_of_no_effect(kind: str, given: Given) -> None:
@@ -85,7 +85,7 @@ def _warn_of_no_effect(kind: str, given: Given) -> None:
 
     of_masks = {one.name for part in parts.names("masks") for one in parts.read_fields(f"masks.{part}")}
     known = {one.name for one in parts.read_fields("showing", "ShowOptions")} | of_masks
-    used = {*showing.USES[kind], *({"out", "overwrite"} if kind != "parts" else ())}
+    used = {*showing.USES[kind], "out", "overwrite"}
     used |= of_masks if kind == "masks" else set()
     for name in sorted((known - used) & set(given.values)):
         console.warn(f"--{name.replace('_', '-')} has no effect with {kind}")

@@ -12,6 +12,8 @@ from mefem_cli.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mefem_cli.reports.show_sheet import Sheet
+
 # How a choice is typed; of backbones, encoders made elsewhere say themselves (`SPEC`).
 TYPED = {
     "masks": "--mask {}",
@@ -65,18 +67,37 @@ def as_json(found: Sequence[Part]) -> dict[str, Any]:
 
 def table(found: Sequence[Part]) -> Table:
     """Return parts as a table: a line for each part, then one for each of its options."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    shown = Table("part", "typed", "default", "what it is", show_edge=False)
+    shown = Table(Column("part", no_wrap=True), Column("typed", no_wrap=True), "what it is", show_edge=False)
     room = ""
     for part in found:
         if part.room != room:
             shown.add_section()
             room = part.room
             shown.add_row(Text(room.upper(), style="bold"))
-        shown.add_row(*(Text(one) for one in (part.name, part.typed, "", part.summary)))
+        shown.add_row(*(Text(one) for one in (part.name, part.typed, part.summary)))
         for one in part.options:
-            cells = ("", f"  {one.flag} {one.metavar}".rstrip(), one.default_text, one.help)
+            cells = ("", f"  {one.flag} {one.metavar}".rstrip(), _help(one))
             shown.add_row(*(Text(cell, style="dim") for cell in cells))
     return shown
+
+
+def sheet(rooms: Sequence[str]) -> Sheet:
+    """Return parts as a page, a table for each room. Raises UsageError for a room that is none."""
+    from mefem_cli.reports import html
+    from mefem_cli.reports.show_sheet import Sheet
+
+    tail = []
+    for room in rooms or TYPED:
+        lines = []
+        for part in every_part([room]):
+            lines.append((part.name, part.typed, part.summary))
+            lines += [("", f"{one.flag} {one.metavar}".rstrip(), _help(one)) for one in part.options]
+        tail += [html.heading(room.capitalize()), html.table(("part", "typed", "what it is"), lines)]
+    return Sheet("Parts", "What is installed, how it is typed, and its options.", [], tail)
+
+
+def _help(option: parts.Field) -> str:
+    return option.help + (f" (default {option.default_text})" if option.default_text else "")
