@@ -26,6 +26,7 @@ NUM_FACES, FACE_PX, FACE_INCHES = 48, 160, 0.92
 PANEL = (2.35, 1.55)  # inches
 MOST_LABELS, MOST_CLASSES, MOST_LETTERS = 12, 10, 18
 NUM_BINS = 24
+LARGEST = 1e300  # number in a histogram: the width of an axis must not overflow
 UNKNOWN = "#9aa0ab"  # what has no colour of its own
 TOLD_FIRST, MOST_TOLD = ("bmi", "age", "sex", "gender"), 2  # labels below a face, where --by names none
 
@@ -133,6 +134,7 @@ def _panel_of(name: str, values: np.ndarray) -> Tile:
 
 def histogram(title: str, values: np.ndarray, mark: float | None = None) -> Callable[[Any], None]:
     """Draw how many values (n,) fall into each of some bins, and a line at `mark`."""
+    values = np.clip(values, -LARGEST, LARGEST)
 
     def draw(figure: Any) -> None:
         axis = _axis(figure, title)
