@@ -99,7 +99,9 @@ def test_bins_of_whole_numbers_hold_equally_many_of_them(low, high):
     assert len(counts) <= 2 * show_crops.NUM_BINS + 1
 
 
-@pytest.mark.parametrize("values", [[1799.0], [1799.5], [224.0], [300.0, 5000.0], [0.0], [1e16], [-1e-9], [1e308, -1e308], [1e308]])
+@pytest.mark.parametrize(
+    "values", [[1799.0], [1799.5], [224.0], [300.0, 5000.0], [0.0], [1e16], [-1e-9], [1e308, -1e308], [1e308]]
+)
 @pytest.mark.parametrize("mark", [224.0, None])
 def test_bars_are_wide_enough_to_be_seen_and_numbers_below_them_stand_apart(values, mark):
     figure = Figure(figsize=show_crops.PANEL, dpi=show_sheet.DPI)
