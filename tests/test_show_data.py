@@ -95,6 +95,7 @@ def test_bins_of_whole_numbers_hold_equally_many_of_them(low, high):
     edges = show_crops.bin_edges(values)
     counts, _ = np.histogram(values, edges)
     assert counts.sum() == len(values)
+    assert not ((edges + 0.5) % np.diff(edges)[0]).any()
     assert len(set(counts[1:-1])) <= 1 and counts.max() == np.diff(edges)[0]  # the outer ones may reach further
     assert len(counts) <= 2 * show_crops.NUM_BINS + 1
 

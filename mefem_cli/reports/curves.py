@@ -101,10 +101,7 @@ def draw_panel(figure: Figure, panel: Panel) -> None:
         _draw_curves(other, panel.right)
     for one in figure.axes:
         one.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # no power of ten above the axis
-    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    reach = [limit for one in figure.axes if one.has_data() for limit in one.dataLim.intervalx]
-    if reach and min(reach) == max(reach):  # of one epoch, which matplotlib would show in thousandths
-        axis.set_xlim(reach[0] - 0.5, reach[0] + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))  # 1: of a run of no epochs too
     axis.set_xlabel(panel.xlabel)
     lines = [line for one in figure.axes for line in one.get_legend_handles_labels()[0]]
     if lines:
