@@ -23,7 +23,7 @@ from mefem_cli.ablation.results import Line
 from mefem_cli.ablation.runner import Outcome
 from mefem_cli.errors import UsageError
 from mefem_cli.evaluation.bootstrap import Interval
-from mefem_cli.reports import ablation
+from mefem_cli.reports import ablation, ablation_figures
 from mefem_cli.stores.product import ProductOptions
 
 FACES = 60
@@ -341,3 +341,10 @@ def test_names_in_sentences_of_markdown_are_escaped():
     found = Table("bmi", 1, [Group("<b> & 5 |", [entry(2, 0.5, {"r2": "highest"}), entry(3, 0.4)])])
     text = tables.document("g", [found], [], [], [])
     assert "- \\<b> & 5 \\|: width=2 has the highest r2" in text and "<b>" not in text.replace("\\<b>", "")
+
+
+def test_letters_that_no_font_has_are_told_of_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
+    for heading, expected in (("女", ["女"]), ("Zoë", [])):
+        drawn = ablation_figures.draw(Table("bmi", 1, [Group(heading, [entry(2, 0.5), entry(3, 0.4)])]))
+        assert {tuple(ablation_figures.save(one, tmp_path, "x")) for one in drawn.values()} == {tuple(expected)}

@@ -27,7 +27,7 @@ from mefem_cli.errors import OutputError, UsageError
 from mefem_cli.masks import stripes
 from mefem_cli.objectives import mefem
 from mefem_cli.parts import Given
-from mefem_cli.reports import show_masks, show_parts, show_sheet, show_weights
+from mefem_cli.reports import fonts, show_masks, show_parts, show_sheet, show_weights
 from mefem_cli.reports.show_sheet import Row, Sheet, Tile
 from mefem_cli.showing import ShowOptions
 
@@ -144,7 +144,9 @@ def test_letters_that_no_font_has_are_one_warning_of_a_picture(form, tmp_path, m
     show_sheet.write(Sheet("Zoë", "", [Row("", [Tile("男", draw)])]), tmp_path / f"sheet.{form}", {})
     said = capsys.readouterr().err
     assert said.count("\n") == (form == "png")
-    assert form != "png" or 'has all letters of "女" and 1 more: a box' in said  # private letters are "?" by then
+    assert (
+        form != "png" or 'has all letters of "女" and 1 more: in PNGs a box' in said
+    )  # private letters are "?" by then
 
 
 def test_letters_come_from_an_installed_font_that_has_them(monkeypatch, capsys):
@@ -153,7 +155,7 @@ def test_letters_come_from_an_installed_font_that_has_them(monkeypatch, capsys):
     own, lent = (set(FT2Font(one).get_charmap()) for one in (findfont("DejaVu Sans"), path))
     figure = Figure()
     strange, usual = figure.text(0, 0, chr(min(lent - own))), figure.text(0, 0, "a")
-    show_sheet.lend_fonts(figure)
+    assert fonts.lend(figure) == []
     assert strange.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"] != usual.get_fontfamily()
     FigureCanvasAgg(figure).draw()  # a letter that lacks would be a warning, which is an error here
     assert capsys.readouterr().err == ""

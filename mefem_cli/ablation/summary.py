@@ -15,7 +15,7 @@ from mefem_cli.ablation import cost, differences, reading, results, tables
 from mefem_cli.ablation.grid import Cell, Grid
 from mefem_cli.ablation.reading import Table
 from mefem_cli.ablation.runner import Outcome, Strand
-from mefem_cli.reports import ablation, ablation_figures
+from mefem_cli.reports import ablation, ablation_figures, fonts
 from mefem_cli.stores import product
 from mefem_cli.stores.joining import Faces
 
@@ -53,8 +53,10 @@ def write(
     product.write_text(folder / MARKDOWN, tables.document(grid.name, found, costs, failures, notes))
     product.write_text(folder / LATEX, tables.to_latex(grid.name, found))
     drawn = {table.task: ablation_figures.draw(table) for table in found[:MOST_DRAWN] if table.metrics}
+    lost: dict[str, None] = {}  # texts that no installed font can write
     for task, figures in drawn.items():
         for kind, figure in figures.items():
-            ablation_figures.save(figure, folder / FIGURES, f"{kind}-{task}")
+            lost |= dict.fromkeys(ablation_figures.save(figure, folder / FIGURES, f"{kind}-{task}"))
+    fonts.warn(list(lost))
     product.write_text(folder / REPORT, ablation.page(grid.name, found, drawn, costs, failures, notes))
     return [table for table in found if table.metrics]

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from mefem_cli.ablation.reading import Entry, Table, label, title
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.numbers import TITLES
+from mefem_cli.reports import fonts
 from mefem_cli.reports.curves import COLOURS, INK, STYLE, letters_may_lack, svg_element
 from mefem_cli.stores import product
 
@@ -149,8 +150,8 @@ def _short(name: str, longest: int) -> str:
     return "".join(char if char.isprintable() else "?" for char in shown)
 
 
-def save(drawing: Drawing, folder: Path, name: str) -> None:
-    """Write a figure as SVG and PNG; `name` may hold any characters."""
+def save(drawing: Drawing, folder: Path, name: str) -> list[str]:
+    """Write a figure as SVG and PNG; `name` may hold any characters. Returns texts that lack letters in the PNG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,4 +162,6 @@ def save(drawing: Drawing, folder: Path, name: str) -> None:
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         drawing.draw(figure)
+        lost = fonts.lend(figure)
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+    return lost

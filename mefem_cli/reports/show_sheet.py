@@ -15,9 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mefem_cli import console
 from mefem_cli.errors import OutputError, UsageError
-from mefem_cli.reports import curves, html
+from mefem_cli.reports import curves, fonts, html
 from mefem_cli.stores import product
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def _write_picture(sheet: Sheet, path: Path, form: str, record: Mapping[str, Any
             else:
                 _draw_lines(part, *lines)
         if form == "png":  # whoever opens an SVG finds a font himself: its text is text
-            lend_fonts(figure)
+            fonts.warn(fonts.lend(figure))
         look = {"dpi": DPI, "facecolor": PAPER, "bbox_inches": "tight", "pad_inches": 0.15}
         figure.savefig(path, format=form, metadata=_metadata(form, record), **look)  # type: ignore[arg-type]
 
@@ -287,67 +286,6 @@ def without_axes(axis: Any) -> Any:
     for spine in axis.spines.values():
         spine.set_visible(False)
     return axis
-
-
-def lend_fonts(figure: Any) -> None:
-    """Give texts with letters that matplotlib's own font lacks, such as Chinese ones, an installed font that has them.
-
-    Warns of texts whose letters no installed font has.
-    """
-    from matplotlib.font_manager import findfont
-    from matplotlib.text import Text
-
-    ticks = [label for axis in figure.axes for label in (*axis.get_xticklabels(), *axis.get_yticklabels())]
-    texts = [text for text in (*figure.findobj(Text), *ticks) if not text.get_text().isascii()]
-    letters = {letter for text in texts for letter in text.get_text() if letter != "\n"}
-    lacking = letters - _letters_of(findfont("DejaVu Sans"), letters)
-    if not lacking:
-        return
-    families, lacking = _installed_fonts(lacking)
-    for text in texts:
-        text.set_fontfamily(["DejaVu Sans", *families])
-    lost = dict.fromkeys(text.get_text() for text in texts if lacking & set(text.get_text()))
-    if lost:
-        first = next(iter(lost)).replace(r"\$", "$").replace("\n", "")
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        console.warn(
-            f'no installed font has all letters of "{first[:60]}"{more}: a box stands for each that lacks; install one '
-            "such as Noto Sans CJK, or draw a page (.html), for which the browser finds a font"
-        )
-
-
-def _installed_fonts(letters: set[str]) -> tuple[list[str], set[str]]:
-    """Return families of installed fonts that have `letters`, each at least one of its own, and what is left of them.
-
-    The files are looked up anew: matplotlib's own list was made when it ran first.
-    """
-    from matplotlib.font_manager import findSystemFonts, fontManager
-
-    families = []
-    for path in sorted(findSystemFonts(), key=_fanciness):
-        found = _letters_of(path, letters) if letters else set()
-        if found:
-            fontManager.addfont(path)
-            families.append(fontManager.ttflist[-1].name)
-            letters = letters - found
-    return families, letters
-
-
-def _fanciness(path: str) -> tuple[int, str]:
-    """Return how far a font is from a plain one, by the words in its file's name: a key to sort by."""
-    name = Path(path).stem.lower()
-    return sum(word in name for word in ("serif", "bold", "italic", "oblique", "mono", "light", "thin", "black")), name
-
-
-def _letters_of(path: str, letters: set[str]) -> set[str]:
-    """Return which letters a font file has; none where it cannot be drawn with, such as one of coloured pictures."""
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        font = FT2Font(path)
-    except (OSError, RuntimeError):
-        return set()
-    return {letter for letter in letters if font.get_char_index(ord(letter))} if font.scalable else set()
 
 
 def plain(text: str) -> str:
