@@ -569,3 +569,16 @@ def test_too_many_faces_are_refused(run_folder, tmp_path):
     crops = write_crops(tmp_path / "crops", 40, 64)
     with pytest.raises(UsageError, match="more than 32 crops"):
         show_attention.sheet([str(run_folder), str(crops)], ShowOptions(samples=40))
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, "200 values,\neach 1 time at most"), (40, "190 others")])
+def test_names_of_people_are_counted_and_classes_are_bars(times, expected):
+    values = np.array([f"p{number}" for number in range(200)] + [f"p{one}" for one in range(10)] * (times - 1), object)
+    figure = Figure(figsize=show_crops.PANEL)
+    tile = show_crops._panel_of("subject", values)
+    assert tile.draw is not None
+    tile.draw(figure)
+    FigureCanvasAgg(figure).draw()
+    (axis,) = figure.axes
+    texts = {text.get_text() for text in (*axis.texts, *axis.get_yticklabels())}
+    assert expected in texts and ("190 others" in texts) == (times > 1)

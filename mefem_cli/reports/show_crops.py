@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NUM_FACES, FACE_PX, FACE_INCHES = 48, 160, 0.92
 PANEL = (2.35, 1.55)  # inches
 MOST_LABELS, MOST_CLASSES, MOST_LETTERS = 12, 10, 18
+MOST_OTHERS = 0.9  # of the crops: bars beside that of the others could not be seen
 NUM_BINS = 24
 LARGEST = 1e300  # number in a histogram: the width of an axis must not overflow
 UNKNOWN = "#9aa0ab"  # what has no colour of its own
@@ -118,7 +119,10 @@ def _faces_caption(rows: np.ndarray, crops: Crops, by: str | None) -> str:
 
 
 def _panel_of(name: str, values: np.ndarray) -> Tile:
-    """Return a histogram of numbers, or bars for the most frequent classes and one for all others."""
+    """Return a histogram of numbers, or bars for the most frequent classes and one for all others.
+
+    Of names of people, where even the most frequent are few, how many there are.
+    """
     if values.dtype.kind == "f":
         known = values[np.isfinite(values)]
         return Tile("", histogram(f"{clipped(name)} ({len(known):,})", known), size=PANEL)
@@ -128,7 +132,11 @@ def _panel_of(name: str, values: np.ndarray) -> Tile:
     bars = counts.most_common(MOST_CLASSES)
     num_others = len(counts) - len(bars)
     if num_others:
-        bars.append((plural(num_others, "other"), len(known) - sum(count for _, count in bars)))
+        rest = len(known) - sum(count for _, count in bars)
+        if rest > MOST_OTHERS * len(known):
+            words = f"{len(counts):,} values,\neach {plural(bars[0][1], 'time')} at most"
+            return Tile("", _words(title, words), size=PANEL)
+        bars.append((plural(num_others, "other"), rest))
     return Tile("", _bars(title, bars, last_is_rest=num_others > 0), size=PANEL)
 
 
@@ -184,6 +192,15 @@ def _bars(title: str, counts: Sequence[tuple[str, int]], last_is_rest: bool = Fa
         axis.set_ylim(max(len(counts), 2) - 0.5, -0.5)
         axis.grid(False, axis="y")
         axis.locator_params(axis="x", nbins=4, integer=True)
+
+    return draw
+
+
+def _words(title: str, words: str) -> Callable[[Any], None]:
+    def draw(figure: Any) -> None:
+        axis = _axis(figure, title)
+        axis.set(xticks=[], yticks=[])
+        axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes)
 
     return draw
 
