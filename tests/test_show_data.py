@@ -334,6 +334,8 @@ def test_a_page_shows_each_face_where_its_features_put_it(tmp_path, mefem_comman
     assert f"{rank:.1f} about the mean face" in page
     found = show_store.components(features)
     circles = re.findall(r'<circle data-i="(\d+)" cx="([\d.]+)" cy="([\d.]+)" r="\d" fill="(#\w+)"', page)
+    assert circles[0][0] == "3"  # without an age: it is grey and covers nothing
+    circles.sort(key=lambda one: int(one[0]))
     assert [int(one[0]) for one in circles] == list(range(len(ids)))
     places = np.array([one[1:3] for one in circles], float)
     for axis, sign in ((0, 1), (1, -1)):  # y grows downwards

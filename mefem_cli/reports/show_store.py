@@ -178,6 +178,11 @@ class Colouring:
     name: str
     chosen: str = ""  # of more classes than there are colours: which have one
 
+    @property
+    def order(self) -> np.ndarray:
+        """The order to draw in, (n,): what has no colour of its own covers nothing."""
+        return np.argsort(self.colours != UNKNOWN, kind="stable")
+
 
 def colouring(name: str | None, values: np.ndarray | None, num: int) -> Colouring:
     """Return the colours of faces (num,): numbers by viridis between the 2nd and 98th percentile, classes by kind."""
@@ -240,7 +245,8 @@ def _drawn_map(points: np.ndarray, colours: Colouring, shares: np.ndarray) -> Ca
     def draw(figure: Any) -> None:
         axis = axes_at(figure, 0.09, 0.11, 0.72, 0.87)
         size = 14 if len(points) <= 2000 else 5
-        axis.scatter(*points.T, c=list(colours.colours), s=size, linewidths=0, alpha=0.8, rasterized=True)
+        order = colours.order
+        axis.scatter(*points[order].T, c=list(colours.colours[order]), s=size, linewidths=0, alpha=0.8, rasterized=True)
         axis.set_axisbelow(True)
         first, second = _direction_names(shares)
         axis.set(xlabel=first, ylabel=second)
@@ -285,8 +291,9 @@ def _page_map(
     placed = margin + (points - low) / spread * (np.array([width, height]) - 2 * margin)
     radius = 5 if len(points) <= 800 else 3.6
     circles = "".join(
-        f'<circle data-i="{place}" cx="{x:.1f}" cy="{height - y:.1f}" r="{radius}" fill="{colour}"/>'
-        for place, ((x, y), colour) in enumerate(zip(placed, colours.colours, strict=True))
+        f'<circle data-i="{place}" cx="{placed[place, 0]:.1f}" cy="{height - placed[place, 1]:.1f}" r="{radius}" '
+        f'fill="{colours.colours[place]}"/>'
+        for place in colours.order
     )
     first, second = _direction_names(shares)
     names = (
