@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -64,13 +64,21 @@ def _cost(name: str, strands: Sequence[Strand], owners: dict[Path, str]) -> Cost
 
 def total(found: Sequence[Cost]) -> Cost:
     """Return what all cells took together with one seed, what they share counted once."""
-    own = {
-        **dict.fromkeys(("pretrain_seconds", "images"), [one for one in found if not one.pretraining_of]),
-        "embed_seconds": [one for one in found if not one.embedding_of],
-        "probe_seconds": found,
-    }
-    known = {name: [getattr(one, name) for one in costs if getattr(one, name)] for name, costs in own.items()}
-    return Cost("all, a seed", *(sum(known[name]) if known.get(name) else None for name in MEASURED))
+    trained = [one for one in found if not one.pretraining_of]
+    embedded = [one for one in found if not one.embedding_of]
+    return Cost(
+        "all, a seed",
+        pretrain_seconds=_sum(one.pretrain_seconds for one in trained),
+        images=_sum(one.images for one in trained),
+        images_per_second=None,
+        embed_seconds=_sum(one.embed_seconds for one in embedded),
+        probe_seconds=_sum(one.probe_seconds for one in found),
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Return the sum of what is known; None where that is nothing."""
+    return sum(filter(None, values)) or None
 
 
 def _of_strand(strand: Strand, cells: Sequence[Cell]) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ from mefem_cli import console
 from mefem_cli.ablation import differences, grid_file, models, results, steps, summary, tables
 from mefem_cli.ablation import grid as grids
 from mefem_cli.ablation.grid import Cell, Grid
-from mefem_cli.ablation.runner import CELLS, Outcome, Strand, run_strand
+from mefem_cli.ablation.runner import Outcome, Strand, run_strand
 from mefem_cli.ablation.tasks import LabelledFaces, usable_tasks
 from mefem_cli.errors import NoInputError, OutputError, UsageError
 from mefem_cli.executors import Lost
@@ -24,7 +24,7 @@ from mefem_cli.executors.options import OnOptions
 from mefem_cli.parts import Given
 from mefem_cli.stores import ablations
 from mefem_cli.stores import product as products
-from mefem_cli.stores.ablations import PROVENANCE
+from mefem_cli.stores.ablations import CELLS, PROVENANCE
 from mefem_cli.stores.crops import Crops
 from mefem_cli.stores.product import ProductOptions
 
@@ -236,16 +236,17 @@ class Job:
         record = products.provenance(
             options, self.crops.inputs(), self.product.seed, self.grid.forced.get("device", "auto")
         )
+        strands = [(strand, strand.record) for strand in self.strands]
         cells = [
             {
                 "cell": cell.name,
                 **{step: getattr(cell, step) for step in steps.STEPS},
-                "folders": [strand.record.folder for strand in self.strands if cell in strand.cells],
+                "folders": [one.folder for strand, one in strands if cell in strand.cells],
             }
             for cell in self.cells
         ]
-        strands = [asdict(strand.record) for strand in self.strands]
-        products.write_json(self.out / PROVENANCE, {**record, "cells": cells, "strands": strands})
+        described = {"cells": cells, "strands": [asdict(one) for _, one in strands]}
+        products.write_json(self.out / PROVENANCE, {**record, **described})
 
     def _notes(self) -> list[str]:
         fixed = {**self.grid.fixed, **self.grid.forced}

@@ -241,9 +241,9 @@ def summary(plan: dict[str, Any]) -> str:
 
 def _told_time(plan: dict[str, Any]) -> str:
     seconds, is_whole = plan["estimated_seconds"], plan["estimate_is_whole"]
-    if not seconds and not is_whole:
-        return "time: it cannot be told, as nothing of it can run"
-    if not seconds and is_whole:
+    if not seconds:
+        if not is_whole:
+            return "time: it cannot be told, as nothing of it can run"
         states = {state for cell in plan["cells"] for state in cell["states"]}
         return "all is finished" if states == {"finished"} else "only probing is left"
     took = about(seconds) if is_whole else f"over {duration(seconds)}"

@@ -35,9 +35,9 @@ from mefem_cli.errors import MefemError, OutputError
 from mefem_cli.executors import Launch
 from mefem_cli.executors.locks import claimed
 from mefem_cli.stores import product
-from mefem_cli.stores.ablations import CellRecord, StrandRecord
+from mefem_cli.stores.ablations import CELLS, CellRecord, StrandRecord
 
-CELLS, NOW, FAILURES = "cells", "now.json", "failures.json"
+NOW, FAILURES = "now.json", "failures.json"
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,12 @@ def resolve_name(typed: str) -> str:
     step, dot, option = name.partition(".")
     if not dot:
         step, option = next(((one, name) for one in STEPS if name in options(one)), ("", name))
-    if option in (OWNED | UNSHOWN) - {MODEL}:
+    if option == MODEL:
+        raise UsageError("encoders are named with --model, in a grid file under `model:`")
+    if option in OWNED or option in UNSHOWN:
         hint = f"; type mefem ablate {OF_THE_GRID[option]}" if option in OF_THE_GRID else ""
         raise UsageError(f"--{option.replace('_', '-')} has no place in the cells of a grid{hint}")
     if step not in STEPS or option not in options(step):
-        if option == MODEL:
-            raise UsageError("encoders are named with --model, in a grid file under `model:`")
         known = options(step) if step in STEPS else {one: None for each in STEPS for one in options(each)}
         raise UsageError(f'there is no option "{typed}"{_nearest(option, known)}')
     first = next(one for one in STEPS if option in options(one))

@@ -17,6 +17,7 @@ from mefem_cli.ablation.reading import Table
 from mefem_cli.ablation.runner import Outcome, Strand
 from mefem_cli.reports import ablation, ablation_figures, fonts
 from mefem_cli.stores import product
+from mefem_cli.stores.ablations import CELLS
 from mefem_cli.stores.joining import Faces
 
 SUMMARY, COSTS, MARKDOWN, LATEX, REPORT = "summary.csv", "costs.csv", "results.md", "results.tex", "report.html"
@@ -39,7 +40,7 @@ def write(
     `notes` say how it was made.
     """
     references = differences.find_references(grid.references, cells)
-    paired = differences.Differences(folder / "cells", strands, faces)
+    paired = differences.Differences(folder / CELLS, strands, faces)
     found = reading.read(outcomes, grid.tasks, grid.seeds, references, paired)
     paired.save()
     scored = [entry.line for table in found for entry in table.entries if entry.line.seeds]

@@ -56,17 +56,21 @@ class Content:
 
 def header(table: Table) -> list[str]:
     """Return the names of the columns."""
-    numbers = _number_columns(table.metrics, table.is_compared, table.published)
+    numbers = _number_columns(table, table.metrics)
     return [*table.options, *["seeds"] * table.lacks_seeds, "head", "features", *numbers]
 
 
-def _number_columns(metrics: Sequence[str], is_compared: bool, published: Sequence[str]) -> list[str]:
-    compared = [f"{TITLES[metrics[0]]} - reference", VERDICT] if is_compared else []
+def _number_columns(table: Table, metrics: Sequence[str]) -> list[str]:
+    compared = [f"{TITLES[metrics[0]]} - reference", VERDICT] if table.is_compared else []
     return [
         *(f"{TITLES[name]} [95 %]" for name in metrics),
         *compared,
-        *(f"{TITLES[name]} published*" for name in published),
+        *(f"{TITLES[name]} published*" for name in _published(table, metrics)),
     ]
+
+
+def _published(table: Table, metrics: Sequence[str]) -> list[str]:
+    return [name for name in table.published if name in metrics]
 
 
 def num_text_columns(table: Table) -> int:
@@ -102,7 +106,7 @@ def _numbers(entry: Entry, table: Table, metrics: Sequence[str]) -> Iterator[Con
         metric = metrics[0]
         yield Content(REFERENCE) if entry.is_reference else _content(entry.differences.get(metric), sign="+")
         yield Content(entry.verdict(metric))
-    for name in [one for one in table.published if one in metrics]:
+    for name in _published(table, metrics):
         yield Content(number(line.published(table.task).get(name, math.nan)))
 
 
@@ -153,11 +157,13 @@ def _terminal(table: Table, metrics: Sequence[str]) -> rich.table.Table:
 
     shown = RichTable(title=Text(table.task), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown.show_edge = False
-    published = [name for name in table.published if name in metrics]
-    notes = [reading.baseline(table, metrics), f"* {reading.CAPTION_PUBLISHED}" if published else ""]
+    notes = [
+        reading.baseline(table, metrics),
+        f"* {reading.CAPTION_PUBLISHED}" if _published(table, metrics) else "",
+    ]
     shown.caption, shown.caption_justify = Text("\n".join(filter(None, notes))), "left"
     shown.add_column("", overflow="fold")
-    for name in _number_columns(metrics, table.is_compared, published):
+    for name in _number_columns(table, metrics):
         shown.add_column(Text(name), justify="left" if name == VERDICT else "right", no_wrap=True)
     for group in table.groups:
         if group.heading:

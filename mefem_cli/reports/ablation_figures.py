@@ -14,7 +14,7 @@ from mefem_cli.ablation.reading import Entry, Table, label, title
 from mefem_cli.evaluation.bootstrap import Interval
 from mefem_cli.evaluation.numbers import TITLES
 from mefem_cli.reports import fonts
-from mefem_cli.reports.curves import COLOURS, INK, STYLE, letters_may_lack, svg_element
+from mefem_cli.reports.curves import COLOURS, INK, STYLE, svg_element
 from mefem_cli.stores import product
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def save(drawing: Drawing, folder: Path, name: str) -> list[str]:
 
     stem = quote(name, safe="-. ")[:LONGEST_FILE]
     product.write_text(folder / f"{stem}.svg", drawing.svg + "\n")
-    with rc_context(STYLE), letters_may_lack(), product.writing(folder / f"{stem}.png") as temporary:
+    with rc_context(STYLE), fonts.letters_may_lack(), product.writing(folder / f"{stem}.png") as temporary:
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         drawing.draw(figure)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mefem_cli.reports import fonts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,14 +120,6 @@ def _num_letters(labels: Sequence[str], count: int) -> int:
     return sum(max(map(len, column)) + LEGEND_HANDLE for column in np.array_split(labels, count))
 
 
-@contextmanager
-def letters_may_lack() -> Iterator[None]:
-    """Draw without a warning for each letter that the font has not, such as a Chinese one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
-
-
 def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
     """Return what `draw` puts into an empty figure of `size` inches as an `<svg>` element without fixed colours."""
     from matplotlib import rc_context
@@ -135,7 +127,7 @@ def svg_element(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with rc_context(STYLE), letters_may_lack():  # text stays text: the browser has the letter
+    with rc_context(STYLE), fonts.letters_may_lack():  # text stays text: the browser has the letter
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)

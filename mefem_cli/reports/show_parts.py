@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +78,8 @@ def table(found: Sequence[Part]) -> Table:
             room = part.room
             shown.add_row(Text(room.upper(), style="bold"))
         shown.add_row(*(Text(one) for one in (part.name, part.typed, part.summary)))
-        for one in part.options:
-            cells = ("", f"  {one.flag} {one.metavar}".rstrip(), _help(one))
-            shown.add_row(*(Text(cell, style="dim") for cell in cells))
+        for typed, words in _options(part):
+            shown.add_row(*(Text(cell, style="dim") for cell in ("", f"  {typed}", words)))
     return shown
 
 
@@ -94,10 +93,13 @@ def sheet(rooms: Sequence[str]) -> Sheet:
         lines = []
         for part in every_part([room]):
             lines.append((part.name, part.typed, part.summary))
-            lines += [("", f"{one.flag} {one.metavar}".rstrip(), _help(one)) for one in part.options]
+            lines += [("", typed, words) for typed, words in _options(part)]
         tail += [html.heading(room.capitalize()), html.table(("part", "typed", "what it is"), lines)]
     return Sheet("Parts", "What is installed, how it is typed, and its options.", [], tail)
 
 
-def _help(option: parts.Field) -> str:
-    return option.help + (f" (default {option.default_text})" if option.default_text else "")
+def _options(part: Part) -> Iterator[tuple[str, str]]:
+    """Yield how each option of a part is typed, and what it is, with its default."""
+    for one in part.options:
+        default = f" (default {one.default_text})" if one.default_text else ""
+        yield f"{one.flag} {one.metavar}".rstrip(), one.help + default

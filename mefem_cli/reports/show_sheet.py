@@ -174,7 +174,7 @@ def _write_picture(sheet: Sheet, path: Path, form: str, record: Mapping[str, Any
     blocks = _blocks(sheet)
     widest = max((_width(tiles) for _, tiles, _ in blocks), default=PICTURE_WIDTH)
     heights = [height for height, _, _ in blocks]
-    with rc_context(curves.STYLE), curves.letters_may_lack():
+    with rc_context(curves.STYLE), fonts.letters_may_lack():
         figure = Figure(figsize=(max(widest, 5.0) + 0.2, sum(heights) + 0.1), facecolor=PAPER)
         FigureCanvasAgg(figure)
         parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mefem_cli.errors import NoInputError
 
-PROVENANCE = "provenance.json"
+PROVENANCE, CELLS = "provenance.json", "cells"
 
 
 @dataclass(frozen=True)

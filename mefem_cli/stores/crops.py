@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mefem_cli.errors import NoInputError, UsageError
-from mefem_cli.stores import product, shards
+from mefem_cli.stores import ablations, product, shards
 
 MANIFEST, REJECTS, CONTACT, PROVENANCE = "manifest.parquet", "rejects.csv", "contact.html", "provenance.json"
 IMAGES, SHARDS = "images", "shards"
@@ -153,7 +153,7 @@ def _read_index(folder: Path) -> tuple[pa.Table, np.ndarray]:
 def _why_no_crops(folder: Path) -> str:
     if not folder.exists():
         return f"no such crops folder: {folder}; make it with mefem crop PHOTOS -o {folder}"
-    if (folder / "cells").is_dir():
+    if (folder / ablations.CELLS).is_dir():
         return f"{folder} is an ablation, no crops folder; name the crops that it was made of"
     if (folder / PROVENANCE).is_file():
         return f"{folder} is not finished: mefem crop was stopped there; run it again with the same options"
